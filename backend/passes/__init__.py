@@ -1,0 +1,36 @@
+"""Passes over records: each takes a graph and returns an equal, cheaper one. No torch is needed here.
+
+`OPTIONAL` passes can be switched off by name (`WebGPUPartitioner(disable_passes=...)`); the others are part of the translation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+from ..graph import Graph
+from .attention import canonical_attention, peel_attention
+from .cleanup import merge_equal_nodes, remove_unused
+from .storage import assign_storage
+
+Pass = Callable[[Graph], Graph]
+
+OPTIONAL: Mapping[str, Pass] = {
+    "merge_equal_nodes": merge_equal_nodes,
+    "peel_attention": peel_attention,
+}
+
+
+def run_passes(graph: Graph, disabled: Collection[str] = ()) -> Graph:
+    """The graph that is serialised: attention in canonical form, optional passes applied, storage assigned.
+
+    Raises:
+        ValueError: `disabled` names no optional pass.
+    """
+    unknown = set(disabled) - set(OPTIONAL)
+    if unknown:
+        raise ValueError(f"no pass named {sorted(unknown)}; there are {sorted(OPTIONAL)}")
+    graph = remove_unused(canonical_attention(graph))
+    for name, apply in OPTIONAL.items():
+        if name not in disabled:
+            graph = remove_unused(apply(graph))
+    return assign_storage(graph)

@@ -1,0 +1,66 @@
+"""Removal of what nothing needs and of what is computed twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..graph import Graph, Node, Ref
+from .rewrite import rename
+
+
+def remove_unused(graph: Graph) -> Graph:
+    """Drop nodes whose results reach no output and no mutable value, and values that nothing names (inputs stay)."""
+    needed = {o.value for o in graph.outputs if isinstance(o, Ref)} | {source for _, source in graph.mutations}
+    kept: list[Node] = []
+    for node in reversed(graph.nodes):
+        if needed.intersection(node.outputs):
+            kept.append(node)
+            needed.update(node.inputs())
+    kept.reverse()
+    named = {*graph.inputs, *needed, *(t for t, _ in graph.mutations), *(o for node in kept for o in node.outputs)}
+    for index in sorted(named, reverse=True):
+        alias = graph.values[index].alias
+        if alias is not None:
+            named.add(alias)
+    order = sorted(named)
+    new = {old: position for position, old in enumerate(order)}
+    values = tuple(
+        replace(graph.values[old], alias=None if graph.values[old].alias is None else new[graph.values[old].alias])  # type: ignore[index]
+        for old in order
+    )
+    nodes = tuple(replace(rename(node, new), outputs=tuple(new[o] for o in node.outputs)) for node in kept)
+    return replace(
+        graph,
+        values=values,
+        nodes=nodes,
+        inputs=tuple(new[i] for i in graph.inputs),
+        outputs=tuple(Ref(new[o.value]) if isinstance(o, Ref) else o for o in graph.outputs),
+        mutations=tuple((new[t], new[s]) for t, s in graph.mutations),
+    )
+
+
+def merge_equal_nodes(graph: Graph) -> Graph:
+    """Compute once what several nodes compute from the same values (every layer slices and casts the same rotary tables).
+
+    Records are in single-assignment form here: a mutable value read before and after its update is two values, so equal
+    arguments mean equal results.
+    """
+    known: dict[tuple[object, ...], Node] = {}
+    mapping: dict[int, int] = {}
+    nodes = []
+    for original in graph.nodes:
+        node = rename(original, mapping)
+        # repr tells 1, 1.0 and True apart, which compare equal
+        key = (node.op, repr(sorted(node.args.items())), tuple((graph.values[o].dtype, graph.values[o].shape) for o in node.outputs))
+        same = known.get(key)
+        if same is None:
+            known[key] = node
+            nodes.append(node)
+        else:
+            mapping.update(zip(original.outputs, same.outputs, strict=True))
+    return replace(
+        graph,
+        nodes=tuple(nodes),
+        outputs=tuple(Ref(mapping.get(o.value, o.value)) if isinstance(o, Ref) else o for o in graph.outputs),
+        mutations=tuple((t, mapping.get(s, s)) for t, s in graph.mutations),
+    )

@@ -1,0 +1,118 @@
+"""Sizes and integers of an exported program (sympy expressions over torch's symbols) as `Dim` records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import sympy
+import torch
+from torch.utils._sympy.functions import CeilToInt, CleanDiv, FloorDiv, FloorToInt, Max, Min, Mod, PythonMod
+
+from .graph import Dim, Sym, SymbolRange, make_dim
+
+
+class Unresolved(Exception):
+    """A size or integer depends on something that the delegate's inputs do not tell; the text says what."""
+
+
+class Symbols:
+    """Maps torch's symbols to records and their expressions to `Dim`s."""
+
+    def __init__(self) -> None:
+        self._known: dict[sympy.Symbol, Dim] = {}
+
+    def define_inputs(self, shapes: Iterable[tuple[int, Iterable[Any]]]) -> None:
+        """Learn symbols from inputs.
+
+        Args:
+            shapes: (input position, sizes). A size that is one symbol defines it; an expression with one unknown symbol that
+                occurs linearly is solved for it after all plain ones.
+        """
+        linear: list[tuple[sympy.Expr, Sym]] = []
+        for position, sizes in shapes:
+            for axis, size in enumerate(sizes):
+                if isinstance(size, torch.SymInt):
+                    expr = size.node.expr
+                    here = Sym("input_dim", (position, axis))
+                    if isinstance(expr, sympy.Symbol):
+                        self._known.setdefault(expr, here)
+                    elif not expr.is_Integer:
+                        linear.append((expr, here))
+        for expr, here in linear:
+            self._solve(expr, here)
+
+    def _solve(self, expr: sympy.Expr, here: Sym) -> None:
+        unknown = [s for s in expr.free_symbols if s not in self._known]
+        if len(unknown) != 1:
+            return
+        symbol = unknown[0]
+        slope = sympy.diff(expr, symbol) if expr.is_polynomial(symbol) else None
+        if slope is None or not slope.is_Integer or slope == 0:
+            return
+        rest = self.dim(sympy.expand(expr - slope * symbol))
+        self._known[symbol] = make_dim("floordiv", make_dim("sub", here, rest), int(slope))
+
+    def define(self, expr: Any, dim: Dim) -> None:
+        """Say what an integer of the program (an `item()` result, a SymInt input) is; plain symbols only, others are ignored."""
+        if isinstance(expr, sympy.Symbol):
+            self._known.setdefault(expr, dim)
+
+    def of(self, value: int | torch.SymInt) -> Dim:
+        """The `Dim` of an int or SymInt. Raises Unresolved."""
+        return value if isinstance(value, int) else self.dim(value.node.expr)
+
+    def dim(self, expr: sympy.Expr) -> Dim:
+        """The `Dim` of an expression. Raises Unresolved."""
+        if expr.is_Integer:
+            return int(expr)
+        if isinstance(expr, sympy.Symbol):
+            if expr not in self._known:
+                raise Unresolved(f"symbol {expr} is given by no input")
+            return self._known[expr]
+        args = expr.args
+        if isinstance(expr, sympy.Add):
+            return self._fold("add", args)
+        if isinstance(expr, sympy.Mul):
+            return self._fold("mul", args)
+        if isinstance(expr, sympy.Pow) and args[1].is_Integer and args[1] > 0:
+            return self._fold("mul", [args[0]] * int(args[1]))
+        if isinstance(expr, FloorDiv | CleanDiv):
+            return make_dim("floordiv", self.dim(args[0]), self.dim(args[1]))
+        if isinstance(expr, Mod | PythonMod | sympy.Mod):
+            return make_dim("mod", self.dim(args[0]), self.dim(args[1]))
+        if isinstance(expr, Max | sympy.Max):
+            return self._fold("max", args)
+        if isinstance(expr, Min | sympy.Min):
+            return self._fold("min", args)
+        if isinstance(expr, FloorToInt | CeilToInt) and args[0].is_integer:
+            return self.dim(args[0])
+        raise Unresolved(f"size expression {expr} ({type(expr).__name__}) is not supported")
+
+    def _fold(self, op: str, args: Iterable[sympy.Expr]) -> Dim:
+        """Left fold, integers last so that `s + 1` reads so."""
+        ordered = sorted(args, key=lambda a: (bool(a.is_Integer), str(a)))
+        result = self.dim(ordered[0])
+        for arg in ordered[1:]:
+            if op == "add" and arg.could_extract_minus_sign():
+                result = make_dim("sub", result, self.dim(-arg))
+            else:
+                result = make_dim(op, result, self.dim(arg))
+        return result
+
+    def ranges(self, constraints: dict[sympy.Symbol, Any]) -> tuple[SymbolRange, ...]:
+        """Bounds of the input sizes that the export gives.
+
+        A lower bound of 2 is torch's specialisation on 0 and 1, not a limit of the program: 1 is accepted there. Bounds of
+        integers read from tensors are left out: torch derives them from the same specialisation (`u0 <= capacity - 2`); operators
+        check positions themselves.
+        """
+        found = {}
+        for symbol, dim in self._known.items():
+            bounds = constraints.get(symbol)
+            if bounds is None or not isinstance(dim, Sym) or dim.op != "input_dim":
+                continue
+            low = int(bounds.lower) if bounds.lower.is_Integer else 0
+            high = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < 2**31 else None
+            found[dim] = SymbolRange(dim, 1 if low <= 2 else low, high)
+        return tuple(found.values())

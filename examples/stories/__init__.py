@@ -1,0 +1,1 @@
+"""A small story-telling, question-answering language model: data, training, evaluation and ExecuTorch export."""

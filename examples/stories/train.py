@@ -1,0 +1,324 @@
+"""Trains the story model from scratch on generated text.
+
+Run from the repository root, for example::
+
+    python -m examples.stories.train --out /tmp/stories --max-seconds 300          # one data-centre GPU
+    python -m examples.stories.train --out /tmp/stories --device cpu --documents 200 --steps 20 --batch 4
+
+The best checkpoint so far is saved at every evaluation, so an interrupted run is not lost. Needs torch, numpy,
+tokenizers and safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from examples.stories import data
+from examples.stories.llama import Llama, LlamaConfig, load_model
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+_CHUNK = 500  # documents per work item
+
+
+def train_tokenizer(vocab_size: int, documents: int = 3000) -> Tokenizer:
+    """Trains a byte-level BPE tokenizer on generated documents; `BOS` gets id 0 and `EOS` id 1."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [data.document_text(data.make_story(data.TRAIN_SEED_START + i)) for i in range(documents)]
+    texts += [f" {word}" * (documents // 10) for word in data.value_words()]  # so that answers become single tokens
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def settings_for(tokenizer: Tokenizer, max_context: int) -> dict:
+    """The contents of config.json that go with a tokenizer."""
+    (newline,) = tokenizer.encode("\n").ids
+    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    return {"bos_id": bos, "eos_id": eos, "stop_ids": [eos, newline], "max_context": max_context}
+
+
+def _make_rows(job: tuple[str, int, int, int, int | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenises a range of seeds; see `make_pool`."""
+    from tokenizers import Tokenizer
+
+    tokenizer_json, first_seed, count, length, max_words = job
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    cache: dict[str, list[int]] = {}
+
+    def encode(text: str) -> list[int]:
+        if len(text) > 80:
+            return tokenizer.encode(text).ids
+        if text not in cache:
+            cache[text] = tokenizer.encode(text).ids
+        return cache[text]
+
+    tokens = np.full((count, length), eos, np.uint16)
+    kind = np.zeros((count, length), np.uint8)
+    for row in range(count):
+        sizes = {} if max_words is None else {"max_words": max_words}
+        story = data.make_story(first_seed + row, **sizes)
+        document = data.training_document(story, encode, bos, eos, length)
+        if document is not None:
+            ids, is_answer = document
+            tokens[row, : len(ids)] = ids
+            kind[row, : len(ids)] = np.asarray(is_answer) + 1
+    return tokens, kind
+
+
+def make_pool(
+    tokenizer: Tokenizer, first_seed: int, count: int, length: int, workers: int, max_words: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Generates and tokenises documents in parallel.
+
+    Args:
+        tokenizer: The tokenizer.
+        first_seed: Seed of the first story; one row per consecutive seed.
+        count: Number of rows.
+        length: Tokens per row.
+        workers: Processes to use.
+        max_words: Shorter stories than the default, if given.
+
+    Returns:
+        ``(tokens, kind)``, uint16 and uint8, both [count, length]: ids padded with the end-of-text id, and 0 for
+        padding, 1 for text, 2 for an answer's tokens.
+    """
+    text = tokenizer.to_str()
+    jobs = [(text, first_seed + i, min(_CHUNK, count - i), length, max_words) for i in range(0, count, _CHUNK)]
+    results: Iterable[tuple[np.ndarray, np.ndarray]]
+    if workers <= 1:
+        parts = [_make_rows(job) for job in jobs]
+    else:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            results = pool.imap(_make_rows, jobs)
+            parts = list(results)
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+@torch.no_grad()
+def answer_accuracy(model: Llama, tokens: torch.Tensor, kind: torch.Tensor, batch: int) -> tuple[float, float]:
+    """Fraction of answers that greedy decoding gets exactly right, with the earlier right answers in context.
+
+    An answer counts when the most likely token is the right one at each of its tokens (its newline included), which
+    is the same as comparing greedy decoding's output.
+
+    Args:
+        model: The model; runs in its own dtype.
+        tokens: int [rows, length] documents.
+        kind: uint8 [rows, length], see `make_pool`.
+        batch: Rows per forward pass.
+
+    Returns:
+        The accuracy over all answers and over the first question of each document only.
+    """
+    right = total = first_right = 0
+    for i in range(0, len(tokens), batch):
+        ids, is_answer = tokens[i : i + batch].long(), kind[i : i + batch, 1:] == 2
+        wrong = (model(ids[:, :-1]).argmax(-1) != ids[:, 1:]) & is_answer
+        starts = is_answer & ~F.pad(is_answer[:, :-1], (1, 0))
+        number = (starts.cumsum(1) * is_answer).cpu()  # 1, 2, ... within the answers of a row
+        bad = torch.zeros(len(ids), int(number.max()) + 1, dtype=torch.int64)
+        bad.scatter_add_(1, number, wrong.cpu().long())
+        counts = number.amax(1)
+        valid = torch.arange(1, bad.shape[1]) <= counts[:, None]
+        right += int(((bad[:, 1:] == 0) & valid).sum())
+        total += int(counts.sum())
+        first_right += int((bad[:, 1] == 0).sum())
+    return right / total, first_right / len(tokens)
+
+
+def save_checkpoint(directory: Path, model: Llama, tokenizer: Tokenizer, max_context: int) -> None:
+    """Writes model.safetensors (float16), params.json, config.json and tokenizer.json."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, directory / "model.safetensors")
+    model.config.save(directory / "params.json")
+    (directory / "config.json").write_text(json.dumps(settings_for(tokenizer, max_context), indent=2) + "\n")
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def half_precision_copy(model: Llama, max_context: int) -> Llama:
+    """A float32 copy of the model whose weights have been rounded to float16, as they are stored."""
+    copy = Llama(model.config, max_context)
+    copy.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
+    return copy.to(model.cos.device).eval()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--tokenizer", type=Path, help="existing tokenizer.json; trained afresh if not given")
+    parser.add_argument("--init", type=Path, help="folder of a checkpoint to start from instead of random weights")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--documents", type=int, default=400_000, help="training documents to generate")
+    parser.add_argument("--short-documents", type=int, default=0, help="extra documents with short stories")
+    parser.add_argument("--eval-documents", type=int, default=512)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="data processes")
+    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--max-seconds", type=float, default=1e9, help="wall-clock limit for the training loop")
+    parser.add_argument("--batch", type=int, default=128, help="documents per step")
+    parser.add_argument("--context", type=int, default=640, help="tokens per document at most")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--warmup", type=int, default=200)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--answer-weight", type=float, default=5.0, help="loss weight of answer tokens")
+    parser.add_argument("--eval-every", type=int, default=250)
+    parser.add_argument("--target-accuracy", type=float, default=0.998, help="start cooling down once reached")
+    parser.add_argument("--cooldown", type=int, default=500, help="steps of linear decay after the target is reached")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rope-theta", type=float, default=LlamaConfig.rope_theta)
+    defaults = LlamaConfig()
+    for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
+    return parser.parse_args(argv)
+
+
+def load_documents(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Makes the training documents that the command line asks for; results as of `make_pool`."""
+    if args.documents + args.short_documents > data.EVAL_SEED_START:
+        raise SystemExit("the training seeds would run into the evaluation seeds")
+    tokens, kind = make_pool(tokenizer, data.TRAIN_SEED_START, args.documents, args.context, args.workers)
+    if args.short_documents:
+        first = data.TRAIN_SEED_START + args.documents
+        short = make_pool(tokenizer, first, args.short_documents, args.context, args.workers, max_words=110)
+        tokens, kind = np.concatenate((tokens, short[0])), np.concatenate((kind, short[1]))
+    return tokens, kind
+
+
+def train(args: argparse.Namespace, tokenizer: Tokenizer, tokens: torch.Tensor, kind: torch.Tensor) -> float:
+    """Trains a model and saves its best checkpoint.
+
+    Args:
+        args: The command line.
+        tokenizer: The tokenizer.
+        tokens: int16 [documents, context] on the training device, see `make_pool`.
+        kind: uint8, likewise.
+
+    Returns:
+        Accuracy of the saved checkpoint on the held-out documents.
+    """
+    torch.manual_seed(args.seed)
+    device = tokens.device
+    rows = make_pool(tokenizer, data.EVAL_SEED_START, args.eval_documents, args.context, 1)
+    eval_tokens, eval_kind = torch.from_numpy(rows[0].astype(np.int16)).to(device), torch.from_numpy(rows[1]).to(device)
+    config = LlamaConfig(
+        dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, n_kv_heads=args.n_kv_heads,
+        head_dim=args.head_dim, hidden_dim=args.hidden_dim, vocab_size=args.vocab_size, rope_theta=args.rope_theta,
+    )  # fmt: skip
+    model = (load_model(args.init) if args.init else Llama(config, args.context)).to(device).train()
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if p.ndim != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.98), fused=device.type == "cuda",
+    )  # fmt: skip
+
+    def loss_of(ids: torch.Tensor, kinds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = model(ids[:, :-1])
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        target = kinds[:, 1:].flatten()
+        weight = (target > 0).float() + (args.answer_weight - 1) * (target == 2).float()
+        answers = (target == 2).float()
+        return (losses * weight).sum() / weight.sum(), (losses * answers).sum() / answers.sum()
+
+    step_loss = torch.compile(loss_of) if args.compile else loss_of
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+    best, cooling_from, cooling_lr, lr = -1.0, -1, 0.0, 0.0
+    start = time.time()
+    order = torch.randperm(len(tokens), device=device)
+    used = 0
+    for step in range(1, args.steps + 1):
+        if used + args.batch > len(order):
+            order, used = torch.randperm(len(tokens), device=device), 0
+        index = order[used : used + args.batch]
+        used += args.batch
+
+        elapsed = time.time() - start
+        progress = min(1.0, max(step / args.steps, elapsed / args.max_seconds))
+        if cooling_from >= 0:
+            lr = cooling_lr * max(0.0, 1 - (step - cooling_from) / args.cooldown)
+        else:
+            lr = args.lr * min(1.0, step / args.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        with autocast:
+            loss, answer_loss = step_loss(tokens[index].long(), kind[index])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        last = step == args.steps or progress >= 1.0 or (cooling_from >= 0 and step >= cooling_from + args.cooldown)
+        if last or step % args.eval_every == 0:
+            rounded = half_precision_copy(model, args.context)
+            accuracy, first_accuracy = answer_accuracy(rounded, eval_tokens, eval_kind, 64)
+            done = step * args.batch * args.context / (time.time() - start) / 1e6
+            print(
+                f"step {step} {time.time() - start:.0f} s lr {lr:.2e} loss {loss.item():.3f} "
+                f"answer loss {answer_loss.item():.4f} accuracy {accuracy:.4f} first {first_accuracy:.4f} "
+                f"{done:.2f} M tokens/s",
+                flush=True,
+            )
+            if accuracy >= best:
+                best = accuracy
+                save_checkpoint(args.out, model, tokenizer, args.context)
+            if cooling_from < 0 and accuracy >= args.target_accuracy:
+                cooling_from, cooling_lr = step, lr
+        if last:
+            break
+    return best
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command-line entry point."""
+    from tokenizers import Tokenizer
+
+    args = parse_args(argv)
+    began = time.time()
+    tokenizer = Tokenizer.from_file(str(args.tokenizer)) if args.tokenizer else train_tokenizer(args.vocab_size)
+    rows = load_documents(args, tokenizer)
+    tokens = torch.from_numpy(rows[0].astype(np.int16)).to(args.device)
+    kind = torch.from_numpy(rows[1]).to(args.device)
+    print(
+        f"{len(tokens)} documents, {(rows[1] > 0).mean():.1%} of each row used, {(rows[1] == 2).mean():.1%} answers, "
+        f"{time.time() - began:.0f} s",
+        flush=True,
+    )
+    best = train(args, tokenizer, tokens, kind)
+    print(f"best accuracy {best:.4f}, {time.time() - began:.0f} s in all", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""`WebGPUPartitioner`: tags the part of an edge program that the WebGPU delegate takes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+
+import torch
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, PartitionResult
+from executorch.exir.backend.utils import tag_constant_data, tag_mutated_buffer
+from torch.export import ExportedProgram
+from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner, Partition
+from torch.fx.passes.operator_support import OperatorSupportBase
+
+from ..backend.passes import OPTIONAL
+from ..backend.preprocess import BACKEND_ID, DISABLED_PASSES, EXTERNAL_TAG
+from ..backend.translate import op_name, translate
+from ..ops.base import check_node
+
+logger = logging.getLogger(__name__)
+
+
+class WebGPUPartitioner(Partitioner):  # type: ignore[misc]
+    """Chooses every node for which the WebGPU delegate has a kernel.
+
+    Args:
+        disable_passes: names of optional passes to leave out (`executorch_webgpu.backend.passes.OPTIONAL`), for comparison.
+        external_weights: base name of a `.ptd` file for the weights, written by
+            `ExecutorchProgramManager.write_tensor_data_to_file`; None keeps them in the `.pte`.
+
+    After `partition`, `refused` maps each operator that stays outside to the reason; it is also logged once per operator.
+    """
+
+    def __init__(self, disable_passes: Collection[str] = (), external_weights: str | None = None) -> None:
+        super().__init__()
+        unknown = set(disable_passes) - set(OPTIONAL)
+        if unknown:
+            raise ValueError(f"no pass named {sorted(unknown)}; there are {sorted(OPTIONAL)}")
+        specs = []
+        if disable_passes:
+            specs.append(CompileSpec(DISABLED_PASSES, ",".join(sorted(disable_passes)).encode()))
+        if external_weights:
+            specs.append(CompileSpec(EXTERNAL_TAG, external_weights.encode()))
+        self.delegation_spec = DelegationSpec(BACKEND_ID, specs)
+        self.refused: dict[str, str] = {}
+
+    def ops_to_not_decompose(
+        self, ep: ExportedProgram
+    ) -> tuple[list[torch._ops.OpOverload], Callable[[torch.fx.Node], bool] | None]:
+        """The composite operators of this program that are taken whole: those whose every occurrence is supported."""
+        reasons = unsupported(ep)
+        kept: set[torch._ops.OpOverload] = set()
+        lost: set[torch._ops.OpOverload] = set()
+        for node in ep.graph.nodes:
+            if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+                (lost if node in reasons else kept).add(node.target)
+        preserved = [op for op in kept - lost if op.namespace == "aten" and op_name(op) in KEPT_WHOLE]
+        return sorted(preserved, key=str), None
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        """Tag nodes, constants and mutated buffers. Raises nothing: what is refused stays outside."""
+        reasons = unsupported(exported_program)
+        partitions = propose(exported_program, reasons)
+        self.refused = {}
+        for node, reason in reasons.items():
+            if node.op == "call_function" and self.refused.setdefault(op_name(node.target), reason) is reason:
+                logger.info("not delegated to WebGPU: %s: %s", op_name(node.target), reason)
+        tags = {}
+        for number, part in enumerate(partitions):
+            tag = f"webgpu_{number}"
+            for node in part.nodes:
+                node.meta["delegation_tag"] = tag
+            tags[tag] = self.delegation_spec
+        tag_constant_data(exported_program)
+        tag_mutated_buffer(exported_program)
+        return PartitionResult(tagged_exported_program=exported_program, partition_tags=tags)
+
+
+KEPT_WHOLE = frozenset((
+    "aten.linear.default", "aten.matmul.default", "aten.scaled_dot_product_attention.default", "aten.silu.default", "aten.gelu.default",
+    "aten.softmax.int", "aten.log_softmax.int", "aten.rms_norm.default", "aten.layer_norm.default", "aten.embedding.default",
+    "aten.repeat_interleave.self_int", "aten.hardswish.default", "aten.leaky_relu.default", "aten.mish.default",
+))  # fmt: skip
+"""Composite operators that the exporter may leave whole. Only those with kernels of their own are worth it."""
+
+
+def unsupported(program: ExportedProgram) -> dict[torch.fx.Node, str]:
+    """Every node that the delegate cannot take, with the reason."""
+    translation = translate(program)
+    reasons = dict(translation.refused)
+    for node, index in translation.nodes.items():
+        reason = check_node(translation.graph, translation.graph.nodes[index])
+        if reason is not None:
+            reasons[node] = reason
+    return reasons
+
+
+class _Support(OperatorSupportBase):
+    def __init__(self, reasons: dict[torch.fx.Node, str]) -> None:
+        self.reasons = reasons
+
+    def is_node_supported(self, submodules: object, node: torch.fx.Node) -> bool:
+        return node.op == "call_function" and node not in self.reasons
+
+
+def propose(program: ExportedProgram, reasons: dict[torch.fx.Node, str]) -> list[Partition]:
+    """Partitions without those that hold no tensor work, and with mutable state either inside one of them or outside all.
+
+    ExecuTorch cannot split a buffer's update from the readers of its new value: such a writer is refused (added to `reasons`)
+    and the partitions are proposed again.
+    """
+    while True:
+        found = CapabilityBasedPartitioner(
+            program.graph_module, _Support(reasons), allows_single_node_partition=True
+        ).propose_partitions()
+        found = [p for p in found if any(_makes_tensor(n) for n in p.nodes)]
+        where = {node: number for number, p in enumerate(found) for node in p.nodes}
+        split = _split_state(program, where)
+        if not split:
+            return found
+        for node in split:
+            reasons[node] = "it updates a buffer whose new value is read outside the delegate; the buffer must stay outside as a whole"
+
+
+def _makes_tensor(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor | tuple | list) and op_name(node.target) not in ("aten._assert_scalar.default", "getitem")
+
+
+def _split_state(program: ExportedProgram, where: dict[torch.fx.Node, int]) -> set[torch.fx.Node]:
+    """Writers of buffers whose result has a reader in another place than the writer."""
+    signature = program.graph_signature
+    names = set(signature.buffers_to_mutate) | set(signature.user_inputs_to_mutate)
+    split = set()
+    for node in program.graph.nodes:
+        if node.name not in names or node.op == "placeholder":
+            continue
+        writer = node.args[0] if op_name(node.target) == "getitem" else node
+        place = where.get(writer)
+        if place is None:
+            continue
+        chain = [node, *(user for user in node.users if user.op != "output")]
+        if any(where.get(reader) != place for reader in chain):
+            split.add(writer)
+    return split

@@ -1,0 +1,263 @@
+"""GPU buffers: constants shared by a program's methods, pooled temporaries, mutable state, live scalars and read-back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import wgpu
+
+from ..backend.graph import ITEM_SIZE, Dim, Graph, Value, product
+from ..wgsl import LIVE_SLOTS
+from .device import Device
+from .errors import DeviceError, MissingDataError
+from .host import NUMPY, STORAGE, to_storage
+
+DataSource = Callable[[str], Any]
+"""Key -> bytes-like of the named data; raises MissingDataError."""
+
+_CHUNK = 16 << 20
+"""Elements uploaded at a time, so that converting a large weight needs little host memory."""
+_WINDOW_BYTES = LIVE_SLOTS * 4
+
+
+def storage_size(device: Device, dtype: str, count: int) -> int:
+    """Bytes that `count` elements of a host dtype take on the device, a multiple of 16."""
+    return max(-(-count * STORAGE[device.limits.wgsl_type(dtype)].itemsize // 16) * 16, 16)
+
+
+def static_numel(value: Value) -> int:
+    """Element count of a constant or mutable value (their sizes are ints)."""
+    count = product(value.shape)
+    if not isinstance(count, int):
+        raise DeviceError(f"{value.name}: a stored tensor with a dynamic size {value.shape}")
+    return count
+
+
+def fill(device: Device, buffer: Any, value: Value, data: Any) -> None:
+    """Upload the raw host bytes of a stored tensor, converted to how the device keeps it.
+
+    Raises:
+        MissingDataError: the bytes are not as many as dtype and shape say.
+    """
+    count = static_numel(value)
+    expected = count * ITEM_SIZE[value.dtype]
+    raw = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
+    if raw.nbytes < expected:
+        raise MissingDataError(f"{value.name}: {expected:,} bytes expected for {value.dtype}{list(value.shape)}, the data has {raw.nbytes:,}")
+    host = np.frombuffer(raw, NUMPY[value.dtype], count)
+    kind = device.limits.wgsl_type(value.dtype)
+    for start in range(0, count, _CHUNK):
+        part = to_storage(value.dtype, host[start : start + _CHUNK], kind, value.name)
+        device.write(buffer, part, start * STORAGE[kind].itemsize)
+
+
+class Weights:
+    """The constants of a program on one device: uploaded once per content, shared by all its methods."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._buffers: dict[tuple[str, str], Any] = {}
+
+    def get(self, value: Value, source: DataSource) -> Any:
+        """The buffer of a constant, uploaded on first use. Raises MissingDataError or DeviceError."""
+        if value.data is None:
+            raise MissingDataError(f"constant {value.name} has no data in the program")
+        key = (value.data, value.dtype)
+        if key not in self._buffers:
+            buffer = self.device.buffer(
+                storage_size(self.device, value.dtype, static_numel(value)), "weights", f"weight {value.name}"
+            )
+            try:
+                fill(self.device, buffer, value, source(value.data))
+            except BaseException:
+                self.device.release(buffer, "weights")
+                raise
+            self._buffers[key] = buffer
+        return self._buffers[key]
+
+    def close(self) -> None:
+        for buffer in self._buffers.values():
+            self.device.release(buffer, "weights")
+        self._buffers.clear()
+
+
+class State:
+    """Mutable buffers (KV caches and the like) by name; what a call leaves for the next one.
+
+    Two methods that are given the same State share the buffers whose names are equal.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._buffers: dict[str, tuple[Any, Value, DataSource]] = {}
+
+    def get(self, value: Value, source: DataSource) -> Any:
+        """The buffer of a mutable value; made and given its initial content on first use."""
+        found = self._buffers.get(value.name)
+        if found is not None:
+            if (found[1].dtype, found[1].shape) != (value.dtype, value.shape):
+                raise DeviceError(
+                    f"state {value.name} is {found[1].dtype}{list(found[1].shape)}, but this method has {value.dtype}{list(value.shape)}"
+                )
+            return found[0]
+        size = storage_size(self.device, value.dtype, static_numel(value))
+        buffer = self.device.buffer(size, "state", f"state {value.name}")
+        self._buffers[value.name] = (buffer, value, source)
+        if value.data is not None:  # a new buffer is zero already
+            fill(self.device, buffer, value, source(value.data))
+        return buffer
+
+    def reset(self) -> None:
+        """Give every buffer its initial content again."""
+        encoder = self.device.gpu.create_command_encoder(label="reset")
+        for buffer, value, _ in self._buffers.values():
+            if value.data is None:
+                encoder.clear_buffer(buffer)
+        self.device.gpu.queue.submit([encoder.finish()])
+        for buffer, value, source in self._buffers.values():
+            if value.data is not None:
+                fill(self.device, buffer, value, source(value.data))
+
+    def buffers(self) -> dict[str, Any]:
+        """Name -> GPU buffer."""
+        return {name: entry[0] for name, entry in self._buffers.items()}
+
+    def close(self) -> None:
+        for buffer, _, _ in self._buffers.values():
+            self.device.release(buffer, "state")
+        self._buffers.clear()
+
+
+class Pool:
+    """Buffers for inputs and temporaries, shared by all plans of a method.
+
+    A plan asks for a list of sizes; the i-th largest size always gets the i-th buffer, so that a small plan fits into what a
+    large one needed. When a buffer must grow, `generation` changes and plans made before bind again.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.generation = 0
+        self._buffers: list[Any] = []
+
+    def take(self, sizes: list[int]) -> list[Any]:
+        """A buffer for each size, in the order of `sizes`."""
+        order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+        result: list[Any] = [None] * len(sizes)
+        for rank, index in enumerate(order):
+            result[index] = self._fit(rank, sizes[index])
+        return result
+
+    def _fit(self, rank: int, size: int) -> Any:
+        if rank == len(self._buffers):
+            self._buffers.append(self.device.buffer(size, "activations", f"pool {rank}"))
+        elif self._buffers[rank].size < size:
+            grown = self.device.buffer(size, "activations", f"pool {rank}")
+            self.device.release(self._buffers[rank], "activations")
+            self._buffers[rank] = grown
+            self.generation += 1
+        return self._buffers[rank]
+
+    def close(self) -> None:
+        for buffer in self._buffers:
+            self.device.release(buffer, "activations")
+        self._buffers.clear()
+        self.generation += 1
+
+
+class LiveTable:
+    """Live scalars: expressions whose values kernels read from a uniform buffer, so that a step changes no plan.
+
+    The buffer is a row of windows of `LIVE_SLOTS` i32 each; a dispatch sees one window, in which all its scalars stand.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.generation = 0
+        self.buffer: Any = None
+        self._windows: list[dict[Dim, int]] = []
+        self._last = b""
+
+    def place(self, wanted: list[Dim]) -> tuple[int, list[int]]:
+        """(byte offset of a window, slot of each expression in it)."""
+        distinct = list(dict.fromkeys(wanted))
+        for index, window in enumerate(self._windows):
+            missing = [dim for dim in distinct if dim not in window]
+            if len(window) + len(missing) <= LIVE_SLOTS:
+                break
+        else:
+            index, window, missing = len(self._windows), {}, distinct
+            self._windows.append(window)
+        for dim in missing:
+            window[dim] = len(window)
+            self._last = b""
+        return index * _WINDOW_BYTES, [window[dim] for dim in wanted]
+
+    def ready(self) -> Any:
+        """The buffer, large enough for all windows placed so far."""
+        size = max(len(self._windows), 1) * _WINDOW_BYTES
+        if self.buffer is None or self.buffer.size < size:
+            if self.buffer is not None:
+                self.device.release(self.buffer, "other")
+            usage = wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
+            self.buffer = self.device.buffer(size, "other", "live scalars", usage)
+            self.generation += 1
+            self._last = b""
+        return self.buffer
+
+    def write(self, value_of: Callable[[Dim], int]) -> None:
+        """Upload the current values if any of them changed (windows are dense, so this is a few dozen bytes)."""
+        if not self._windows:
+            return
+        table = np.zeros((len(self._windows), LIVE_SLOTS), np.int32)
+        for row, window in enumerate(self._windows):
+            for dim, slot in window.items():
+                table[row, slot] = value_of(dim)
+        used = (len(self._windows) - 1) * LIVE_SLOTS + len(self._windows[-1])
+        data = table.reshape(-1)[:used].tobytes()
+        if data != self._last:
+            self.device.write(self.ready(), data)
+            self._last = data
+
+    def close(self) -> None:
+        if self.buffer is not None:
+            self.device.release(self.buffer, "other")
+            self.buffer = None
+
+
+class ReadBack:
+    """A mappable buffer that outputs are copied to; grows and is kept."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._buffer: Any = None
+
+    def reserve(self, size: int) -> Any:
+        if self._buffer is None or self._buffer.size < size:
+            self.close()
+            usage = wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.MAP_READ
+            self._buffer = self.device.buffer(size, "read-back", "read-back", usage)
+        return self._buffer
+
+    def read(self, size: int) -> bytes:
+        """Wait for the submitted work and return the first `size` bytes."""
+        self._buffer.map_sync(wgpu.MapMode.READ, 0, size)
+        try:
+            data = bytes(self._buffer.read_mapped(0, size, copy=False))
+        finally:
+            self._buffer.unmap()
+        self.device.counters.reads += 1
+        self.device.counters.bytes_read += size
+        return data
+
+    def close(self) -> None:
+        if self._buffer is not None:
+            self.device.release(self._buffer, "read-back")
+            self._buffer = None
+
+
+def mutable_values(graph: Graph) -> list[int]:
+    """Indices of the graph's mutable values."""
+    return [i for i, value in enumerate(graph.values) if value.kind == "mutable"]

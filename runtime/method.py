@@ -1,0 +1,329 @@
+"""A loaded method: walks the program's instructions, runs delegates on the GPU and what stayed outside with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..backend.serialize import BlobError, deserialize
+from . import outside
+from .buffers import DataSource, State, Weights
+from .delegate import Delegate, KernelTime
+from .device import Device
+from .errors import InputError, ProgramFormatError, UnsupportedError
+from .host import NUMPY, bf16_to_f32, is_torch, to_host, to_user
+from .pte import (
+    BoolList,
+    DelegateCall,
+    DoubleList,
+    ExecutionPlan,
+    FreeCall,
+    IntList,
+    JumpFalseCall,
+    KernelCall,
+    MoveCall,
+    OptionalTensorList,
+    ScalarType,
+    ShapeDynamism,
+    TensorList,
+    TensorMeta,
+)
+from .pte import Program as ProgramFile
+from .ptd import DataFile
+
+BACKEND_ID = "WebGPUBackend"
+_DTYPES = {
+    ScalarType.FLOAT: "f32", ScalarType.HALF: "f16", ScalarType.BFLOAT16: "bf16", ScalarType.DOUBLE: "f64", ScalarType.LONG: "i64",
+    ScalarType.INT: "i32", ScalarType.SHORT: "i16", ScalarType.CHAR: "i8", ScalarType.BYTE: "u8", ScalarType.BOOL: "bool",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Type of a method's tensor input or output; sizes are upper bounds where dynamic."""
+
+    sizes: tuple[int, ...]
+    dtype: str
+    dynamic: bool
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.sizes, dtype=np.int64)) * NUMPY[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class MethodMeta:
+    """Inputs and outputs of a method; None stands for one that is no tensor (an integer)."""
+
+    name: str
+    inputs: tuple[TensorInfo | None, ...]
+    outputs: tuple[TensorInfo | None, ...]
+
+    def num_inputs(self) -> int:
+        return len(self.inputs)
+
+    def num_outputs(self) -> int:
+        return len(self.outputs)
+
+    def input_tensor_meta(self, index: int) -> TensorInfo:
+        """Type of input `index`; IndexError past the end, TypeError if it is no tensor."""
+        return _tensor(self.inputs[index])
+
+    def output_tensor_meta(self, index: int) -> TensorInfo:
+        """Type of output `index`, as `input_tensor_meta`."""
+        return _tensor(self.outputs[index])
+
+
+def _tensor(info: TensorInfo | None) -> TensorInfo:
+    if info is None:
+        raise TypeError("this argument is no tensor")
+    return info
+
+
+def describe(plan: ExecutionPlan) -> MethodMeta:
+    """The metadata of an execution plan."""
+
+    def info(index: int) -> TensorInfo | None:
+        value = plan.values[index]
+        if not isinstance(value, TensorMeta):
+            return None
+        return TensorInfo(value.sizes, _dtype(value), value.shape_dynamism != ShapeDynamism.STATIC)
+
+    return MethodMeta(plan.name, tuple(info(i) for i in plan.inputs), tuple(info(i) for i in plan.outputs))
+
+
+def _dtype(meta: TensorMeta) -> str:
+    if meta.scalar_type not in _DTYPES:
+        raise UnsupportedError(f"tensors of type {meta.scalar_type.name} are not supported")
+    return _DTYPES[meta.scalar_type]
+
+
+class Method:
+    """A method of a program, ready to execute on a device. Made by `Program.load_method`.
+
+    Attributes:
+        metadata: types of inputs and outputs.
+        delegates: the loaded delegates, in the program's order.
+        state: the mutable buffers; give it to another method of the same program to share them.
+    """
+
+    def __init__(
+        self, file: ProgramFile, data_files: Sequence[DataFile], name: str, device: Device, weights: Weights, state: State | None
+    ) -> None:
+        self.file = file
+        self.data_files = data_files
+        self.plan = file.plan(name)
+        self.metadata = describe(self.plan)
+        self.device = device
+        self._own_state = state is None
+        self.state = State(device) if state is None else state
+        self._check_operators()
+        source: DataSource = lambda key: file.find_named_data(key, data_files)  # noqa: E731
+        graphs = []
+        for number, part in enumerate(self.plan.delegates):
+            try:
+                graphs.append(deserialize(part.processed))
+            except BlobError as error:
+                raise ProgramFormatError(f"method {name}, delegate {number}: {error}") from error
+        self.delegates: list[Delegate] = []
+        try:
+            for graph in graphs:
+                self.delegates.append(Delegate(graph, device, source, weights, self.state))
+        except BaseException:
+            self.close()
+            raise
+        self._stored: dict[int, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return self.plan.name
+
+    def _check_operators(self) -> None:
+        foreign = sorted({part.id for part in self.plan.delegates} - {BACKEND_ID})
+        if foreign:
+            raise UnsupportedError(f"method {self.plan.name} has parts delegated to {foreign}; this runtime executes {BACKEND_ID} only")
+        used = {i.op_index for chain in self.plan.chains for i in chain.instructions if isinstance(i, KernelCall)}
+        outside.require([self.plan.operators[i] for i in sorted(used)])
+
+    def outside(self) -> list[str]:
+        """Names of the operators that are not delegated, in the order of execution."""
+        return [
+            self.plan.operators[i.op_index].full_name for chain in self.plan.chains for i in chain.instructions if isinstance(i, KernelCall)
+        ]
+
+    # -- execution
+
+    def execute(self, inputs: Sequence[Any] = ()) -> list[Any]:
+        """Run the method once.
+
+        Args:
+            inputs: numpy arrays, torch tensors or Python numbers, flat, in the method's order.
+        Returns:
+            The outputs: torch tensors if any input was one, else numpy arrays (bfloat16 as float32); integers as int.
+        Raises:
+            InputError: an input is wrong; nothing was submitted and the state is as before.
+            DeviceError: the GPU failed.
+        """
+        return self._run(inputs, lambda delegate, given: delegate.execute(given))
+
+    def profile(self, inputs: Sequence[Any] = ()) -> tuple[list[Any], list[KernelTime]]:
+        """As `execute`, with the GPU time of every dispatch. Raises DeviceError where the device has no timestamps."""
+        times: list[KernelTime] = []
+
+        def call(delegate: Delegate, given: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+            outputs, found = delegate.profile(given)
+            times.extend(found)
+            return outputs
+
+        return self._run(inputs, call), times
+
+    def _run(self, inputs: Sequence[Any], call: Callable[[Delegate, list[tuple[str, Any]]], list[tuple[str, Any]]]) -> list[Any]:
+        torch_wanted = any(is_torch(value) for value in inputs)
+        slots = self._bind(inputs)
+        for chain in self.plan.chains:
+            position = 0
+            while position < len(chain.instructions):
+                instruction = chain.instructions[position]
+                position += 1
+                if isinstance(instruction, DelegateCall):
+                    self._call_delegate(instruction, slots, call)
+                elif isinstance(instruction, KernelCall):
+                    self._call_kernel(instruction, slots)
+                elif isinstance(instruction, MoveCall):
+                    slots[instruction.move_to] = slots[instruction.move_from]
+                elif isinstance(instruction, JumpFalseCall):
+                    if not bool(slots[instruction.cond_value_index]):
+                        position = instruction.destination_instruction
+                elif isinstance(instruction, FreeCall):
+                    slots[instruction.value_index] = None
+        return [self._user(slots[index], index, torch_wanted) for index in self.plan.outputs]
+
+    def _bind(self, inputs: Sequence[Any]) -> list[Any]:
+        """Value slots with the inputs and stored tensors filled in; InputError for what the metadata rule out."""
+        if len(inputs) != len(self.plan.inputs):
+            raise InputError(f"method {self.name} takes {len(self.plan.inputs)} inputs, got {len(inputs)}")
+        slots: list[Any] = list(self.plan.values)
+        for position, (index, value) in enumerate(zip(self.plan.inputs, inputs, strict=True)):
+            info = self.metadata.inputs[position]
+            if info is None:
+                slots[index] = _number(position, value, self.plan.values[index])
+                continue
+            dtype, array = to_host(value)
+            _check_input(position, info, dtype, array)
+            slots[index] = (dtype, array)
+        for index, value in enumerate(self.plan.values):
+            if isinstance(slots[index], TensorMeta) and index not in self.plan.inputs:
+                stored = self._stored_tensor(index, value)
+                if stored is not None:
+                    slots[index] = stored
+        return slots
+
+    def _stored_tensor(self, index: int, meta: Any) -> Any:
+        """A constant, or a tensor outside the delegates that keeps its content between calls."""
+        if index not in self._stored:
+            if not meta.has_data:
+                return None
+            data = self.file.tensor_data(meta, self.data_files)
+            array = np.frombuffer(data, NUMPY[_dtype(meta)], meta.numel).reshape(meta.sizes)
+            if not meta.is_constant:
+                array = array.copy()
+            self._stored[index] = (_dtype(meta), array)
+        return self._stored[index]
+
+    def _call_delegate(
+        self, instruction: DelegateCall, slots: list[Any], call: Callable[[Delegate, list[tuple[str, Any]]], list[tuple[str, Any]]]
+    ) -> None:
+        delegate = self.delegates[instruction.delegate_index]
+        count = len(delegate.graph.inputs)
+        given = [_pair(slots[index]) for index in instruction.args[:count]]
+        for index, (dtype, value) in zip(instruction.args[count:], call(delegate, given), strict=False):
+            slots[index] = value if isinstance(value, int) else (dtype, value)
+
+    def _call_kernel(self, instruction: KernelCall, slots: list[Any]) -> None:
+        operator = self.plan.operators[instruction.op_index]
+        torch = outside.load_torch(operator.full_name) if outside.available() else None
+
+        def resolve(value: Any) -> Any:
+            if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
+                return to_user(value[0], value[1], torch is not None)
+            if isinstance(value, TensorMeta):
+                return torch.zeros(value.sizes, dtype=_torch_dtype(torch, value)) if torch is not None else None
+            if isinstance(value, IntList | TensorList):
+                return [resolve(slots[i]) for i in value.items]
+            if isinstance(value, OptionalTensorList):
+                return [None if i < 0 else resolve(slots[i]) for i in value.items]
+            if isinstance(value, DoubleList | BoolList):
+                return list(value.items)
+            return value
+
+        def dtype_of(index: int) -> Any:
+            return _torch_dtype(torch, self.plan.values[index])
+
+        in_place = operator.name.endswith("_")
+        if in_place and instruction.args and torch is not None:  # a buffer outside the delegate: it stays a torch tensor between calls
+            target = instruction.args[0]
+            tensor = resolve(slots[target])
+            self._stored[target] = slots[target] = tensor
+        outside.run(operator, instruction.args, slots, dtype_of, resolve)
+        for index in instruction.args:
+            if is_torch(slots[index]) and index in self._stored:
+                self._stored[index] = slots[index]
+
+    def _user(self, value: Any, index: int, torch_wanted: bool) -> Any:
+        if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
+            return to_user(value[0], value[1], torch_wanted)
+        if is_torch(value) and not torch_wanted:
+            dtype, array = to_host(value)
+            return bf16_to_f32(array) if dtype == "bf16" else array
+        return value
+
+    def reset(self) -> None:
+        """Give every mutable buffer its initial content: the next call is like the first."""
+        self.state.reset()
+        self._stored.clear()
+
+    def close(self) -> None:
+        """Free the method's GPU memory; its state too, unless it was given one."""
+        for delegate in self.delegates:
+            delegate.close()
+        self.delegates.clear()
+        if self._own_state:
+            self.state.close()
+
+
+def _torch_dtype(torch: Any, meta: Any) -> Any:
+    names = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64", "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8", "u8": "uint8", "bool": "bool"}
+    return getattr(torch, names[_dtype(meta)])
+
+
+def _pair(value: Any) -> tuple[str, Any]:
+    """A slot's content as (host dtype, array)."""
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
+        return value
+    if isinstance(value, TensorMeta):
+        raise ProgramFormatError("a delegate reads a tensor that nothing has written")
+    return to_host(value)
+
+
+def _number(position: int, value: Any, prototype: Any) -> Any:
+    """An integer, bool or float input that the program takes as such."""
+    if hasattr(value, "item") and getattr(value, "size", 2) == 1:
+        value = value.item()
+    wanted = bool if isinstance(prototype, bool) else float if isinstance(prototype, float) else int
+    if isinstance(value, bool) != (wanted is bool) or not isinstance(value, int if wanted is not float else float | int):
+        raise InputError(f"input {position}: {value!r} is no {wanted.__name__}")
+    return value
+
+
+def _check_input(position: int, info: TensorInfo, dtype: str, array: np.ndarray[Any, Any]) -> None:
+    if dtype != info.dtype:
+        raise InputError(f"input {position}: dtype {dtype}, expected {info.dtype}")
+    if array.ndim != len(info.sizes):
+        raise InputError(f"input {position}: rank {array.ndim} with shape {list(array.shape)}, expected rank {len(info.sizes)}")
+    for axis, (size, bound) in enumerate(zip(array.shape, info.sizes, strict=True)):
+        if size > bound or (not info.dynamic and size != bound):
+            limit = "at most" if info.dynamic else "exactly"
+            raise InputError(f"input {position}: size {size} at axis {axis}, this program takes {limit} {bound}")

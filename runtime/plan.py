@@ -1,0 +1,286 @@
+"""A plan: all dispatches of a method for one set of sizes, with pipelines, bind groups and buffers, ready to be encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import wgpu
+
+from ..backend.graph import Graph, Node, Sym, evaluate
+from ..ops.base import Check, Dispatch, ElementCheck, Live, Lowering, find, viewed, with_node
+from .buffers import LiveTable, Pool, storage_size
+from .device import Device
+from .errors import DeviceError
+from .kernel import Kernel, KernelKey
+
+ScratchId = tuple[int, int]
+"""(node index, value index): a temporary of one node's dispatches."""
+Storage = int | ScratchId
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What one node became: its dispatches, scratch temporaries (value index -> dtype, count) and host checks."""
+
+    dispatches: tuple[Dispatch, ...]
+    scratch: dict[int, tuple[str, int]]
+    checks: tuple[Check, ...]
+    element_checks: tuple[ElementCheck, ...]
+    used: frozenset[Sym]
+
+
+class NodeCache:
+    """Lowers nodes; a node is lowered again only when a symbol that it looked at has another value."""
+
+    def __init__(self, graph: Graph, device: Device) -> None:
+        self.graph = graph
+        self.device = device
+        self._known: list[list[tuple[tuple[Sym, ...], dict[tuple[int, ...], Lowered]]]] = [[] for _ in graph.nodes]
+
+    def lower(self, index: int, free: Callable[[Sym], int]) -> Lowered:
+        for symbols, results in self._known[index]:
+            hit = results.get(tuple(free(s) for s in symbols))
+            if hit is not None:
+                return hit
+        made = self._lower(self.graph.nodes[index], free)
+        symbols = tuple(sorted(made.used, key=str))
+        for known, results in self._known[index]:
+            if known == symbols:
+                break
+        else:
+            results = {}
+            self._known[index].append((symbols, results))
+        results[tuple(free(s) for s in symbols)] = made
+        return made
+
+    def _lower(self, node: Node, free: Callable[[Sym], int]) -> Lowered:
+        op = find(node.op)
+        if op is None:
+            raise DeviceError(f"{node.name}: the program uses operator {node.op}, which this version has no kernel for")
+        ctx = Lowering(self.graph, self.device.limits, free)
+        ctx.node = node
+        view = self.graph.values[node.outputs[0]].alias is not None and viewed(self.graph, node) is not None
+        dispatches = [] if view else [with_node(d, node) for d in op.lower(ctx, node) if 0 not in d.grid]
+        for output in node.outputs:  # sizes of results decide buffer sizes, whether a kernel looked at them or not
+            for dim in self.graph.values[output].shape:
+                ctx.int(dim)
+        return Lowered(tuple(dispatches), ctx.scratch_values, tuple(ctx.checks), tuple(ctx.element_checks), frozenset(ctx.used))
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A dispatch made ready: what the encoder needs, and its node and kernel for messages and profiles."""
+
+    pipeline: Any
+    bind_group: Any
+    grid: tuple[int, int, int]
+    indirect: Any
+    node: str
+    kernel: str
+
+
+@dataclass
+class Plan:
+    """See the module's docstring. `sizes` holds the byte size of every pooled storage, for reports."""
+
+    launches: list[Launch]
+    checks: tuple[Check, ...]
+    element_checks: tuple[ElementCheck, ...]
+    buffers: dict[int, Any]
+    generation: tuple[int, int]
+    params: Any
+    scratch_bytes: int
+
+
+class Planner:
+    """Builds plans for one graph."""
+
+    def __init__(self, graph: Graph, device: Device, pool: Pool, live: LiveTable, fixed: Callable[[int], Any]) -> None:
+        """`fixed(value index)` gives the buffer of a constant or mutable root."""
+        self.graph = graph
+        self.device = device
+        self.pool = pool
+        self.live = live
+        self.fixed = fixed
+        self.nodes = NodeCache(graph, device)
+
+    @property
+    def generation(self) -> tuple[int, int]:
+        return (self.pool.generation, self.live.generation)
+
+    def lowered(self, free: Callable[[Sym], int]) -> list[Lowered]:
+        return [self.nodes.lower(i, free) for i in range(len(self.graph.nodes))]
+
+    def build(self, lowered: list[Lowered], free: Callable[[Sym], int]) -> Plan:
+        """A plan with everything bound.
+
+        Raises:
+            DeviceError: a tensor or a kernel does not fit this device; nothing has been submitted then.
+        """
+        sizes, last = self._liveness(lowered, free)
+        slots, slot_sizes = assign(sizes, last)
+        taken = self.pool.take(slot_sizes)
+        where: dict[Storage, Any] = {storage: taken[slot] for storage, slot in slots.items()}
+        for index in range(len(self.graph.values)):
+            root = self.graph.root(index)
+            if root not in where and self.graph.values[root].kind in ("constant", "mutable"):
+                where[root] = self.fixed(root)
+        placed = [
+            (number, dispatch, self._place_live(dispatch)) for number, node in enumerate(lowered) for dispatch in node.dispatches
+        ]
+        live_buffer = self.live.ready()
+        params, offsets, kernels = self._pack(placed)
+        launches = []
+        for (number, dispatch, (window, _)), offset, kernel in zip(placed, offsets, kernels, strict=True):
+            resolve = self._resolver(number, dispatch, where, sizes)
+            group = self._bind(kernel, dispatch, resolve, params, offset, live_buffer, window)
+            indirect = None if dispatch.indirect is None else resolve(dispatch.indirect)[0]
+            launches.append(Launch(kernel.pipeline, group, dispatch.grid, indirect, dispatch.node, dispatch.kernel))
+        roots = {i: where[self.graph.root(i)] for i in range(len(self.graph.values)) if self.graph.root(i) in where}
+        return Plan(
+            launches,
+            tuple(dict.fromkeys(c for node in lowered for c in node.checks)),
+            tuple(dict.fromkeys(c for node in lowered for c in node.element_checks)),
+            roots,
+            self.generation,
+            params,
+            sum(size for storage, size in sizes.items() if isinstance(storage, tuple)),
+        )
+
+    def _liveness(self, lowered: list[Lowered], free: Callable[[Sym], int]) -> tuple[dict[Storage, int], dict[Storage, tuple[int, int]]]:
+        """Byte sizes, and (first, last) node index, of every pooled storage."""
+        graph, end = self.graph, len(self.graph.nodes)
+        sizes: dict[Storage, int] = {}
+        span: dict[Storage, tuple[int, int]] = {}
+
+        def touch(index: int, when: int) -> None:
+            root = graph.root(index)
+            value = graph.values[root]
+            if value.kind not in ("temp", "input"):
+                return
+            count = 1
+            for dim in value.shape:
+                count *= evaluate(dim, free)
+            sizes[root] = storage_size(self.device, value.dtype, count)
+            first, _ = span.get(root, (when, when))
+            span[root] = (first, when)
+
+        for index in graph.inputs:
+            touch(index, -1)
+        for number, node in enumerate(graph.nodes):
+            for index in (*node.inputs(), *node.outputs):
+                touch(index, number)
+            for index, (dtype, count) in lowered[number].scratch.items():
+                sizes[(number, index)] = storage_size(self.device, dtype, count)
+                span[(number, index)] = (number, number)
+        for output in graph.outputs:
+            if not isinstance(output, int | Sym):
+                touch(output.value, end)
+        return sizes, span
+
+    def _place_live(self, dispatch: Dispatch) -> tuple[int, dict[str, int]]:
+        wanted = {name: p.dim for name, p in dispatch.params.items() if isinstance(p, Live)}
+        if not wanted:
+            return 0, {}
+        window, slots = self.live.place(list(wanted.values()))
+        return window, dict(zip(wanted, slots, strict=True))
+
+    def _pack(self, placed: list[tuple[int, Dispatch, tuple[int, dict[str, int]]]]) -> tuple[Any, list[int], list[Kernel]]:
+        """One uniform buffer with the params of all dispatches, the offset of each, and the compiled kernels."""
+        align = max(self.device.limits.uniform_alignment, 16)
+        blob, offsets, kernels = bytearray(), [], []
+        known: dict[bytes, int] = {}
+        for _, dispatch, (_, slots) in placed:
+            kernel = self.device.kernel(KernelKey.of(dispatch))
+            kernels.append(kernel)
+            data = b""
+            if kernel.interface.params:
+                values = {**dispatch.params, **slots}
+                data = kernel.interface.pack(values, f"{dispatch.node} ({dispatch.kernel})")
+            if data not in known:
+                known[data] = len(blob)
+                blob += data + bytes(-len(data) % align)
+            offsets.append(known[data])
+        usage = wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST
+        params = self.device.buffer(len(blob), "other", "params", usage)
+        if blob:
+            self.device.write(params, bytes(blob))
+        return params, offsets, kernels
+
+    def _resolver(
+        self, number: int, dispatch: Dispatch, where: dict[Storage, Any], sizes: dict[Storage, int]
+    ) -> Callable[[int], tuple[Any, int]]:
+        def resolve(index: int) -> tuple[Any, int]:
+            storage: Storage = (number, index) if index >= len(self.graph.values) else self.graph.root(index)
+            buffer = where.get(storage)
+            if buffer is None:
+                raise DeviceError(f"{dispatch.node}: kernel {dispatch.kernel} is bound to value %{index}, which has no storage")
+            return buffer, sizes.get(storage, buffer.size)
+
+        return resolve
+
+    def _bind(
+        self, kernel: Kernel, dispatch: Dispatch, resolve: Callable[[int], tuple[Any, int]], params: Any, offset: int, live: Any, window: int
+    ) -> Any:
+        interface = kernel.interface
+        unknown = set(dispatch.bindings) - set(interface.bindings)
+        if unknown:
+            raise DeviceError(f"{dispatch.node}: {dispatch.kernel}.wgsl declares no variable {sorted(unknown)}")
+        entries = []
+        for binding in interface.bindings.values():
+            if binding.name == "params":
+                resource = {"buffer": params, "offset": offset, "size": interface.params_size}
+            elif binding.name == "live":
+                resource = {"buffer": live, "offset": window, "size": 256}
+            elif binding.name in dispatch.bindings:
+                buffer, size = resolve(dispatch.bindings[binding.name])
+                if size > self.device.limits.max_binding:
+                    raise DeviceError(
+                        f"{dispatch.node}: tensor bound to {dispatch.kernel}.{binding.name} has {size:,} bytes, but this device "
+                        f"binds at most {self.device.limits.max_binding:,} ({self.device.name}); use another device or a smaller model"
+                    )
+                resource = {"buffer": buffer, "offset": 0, "size": size}
+            elif binding.writes:
+                raise DeviceError(f"{dispatch.node}: {dispatch.kernel}.wgsl writes {binding.name}, but nothing is bound to it")
+            else:
+                resource = {"buffer": self.device.null_buffer, "offset": 0, "size": 256}
+            entries.append({"binding": binding.index, "resource": resource})
+        try:
+            group = self.device.gpu.create_bind_group(label=f"{dispatch.node} {dispatch.kernel}", layout=kernel.layout, entries=entries)
+        except Exception as error:
+            raise DeviceError(f"{dispatch.node}: binding {dispatch.kernel} failed: {error}") from error
+        self.device.counters.bind_groups += 1
+        return group
+
+
+def assign(sizes: dict[Storage, int], span: dict[Storage, tuple[int, int]]) -> tuple[dict[Storage, int], list[int]]:
+    """Share slots among storages whose lifetimes do not meet.
+
+    Returns (storage -> slot, byte size of each slot). Best fit: the smallest free slot that is large enough, else the largest
+    free one, which grows.
+    """
+    order = sorted(sizes, key=lambda s: (span[s][0], -sizes[s], str(s)))
+    slots: dict[Storage, int] = {}
+    slot_sizes: list[int] = []
+    busy_until: list[int] = []
+    for storage in order:
+        first, last = span[storage]
+        free = [i for i, until in enumerate(busy_until) if until < first]
+        fitting = [i for i in free if slot_sizes[i] >= sizes[storage]]
+        if fitting:
+            slot = min(fitting, key=lambda i: slot_sizes[i])
+        elif free:
+            slot = max(free, key=lambda i: slot_sizes[i])
+            slot_sizes[slot] = sizes[storage]
+        else:
+            slot = len(slot_sizes)
+            slot_sizes.append(0)
+            busy_until.append(0)
+            slot_sizes[slot] = sizes[storage]
+        busy_until[slot] = last
+        slots[storage] = slot
+    return slots, slot_sizes
+
+

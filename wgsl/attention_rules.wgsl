@@ -1,0 +1,36 @@
+// No kernel: rules that the attention kernels share, appended to each of them (see ops/attention_lower.py).
+// Which keys a query row may see. Everything that may one day differ between batch rows (keys before the first query, number of
+// query rows) is read through `past_of` and `rows_of` alone.
+//
+// Needs: `live`, params.start_pos (slot), params.rows, params.capacity, params.window; const LIMIT (0 causal, 1 prefix, 2 all),
+// const WINDOWED.
+
+/// Keys in the cache before the first query of batch row b. The host has checked that it is not negative.
+fn past_of(b: u32) -> u32 {
+    return u32(max(live_value(params.start_pos), 0));
+}
+
+/// Query rows of batch row b.
+fn rows_of(b: u32) -> u32 {
+    return params.rows;
+}
+
+/// Row `row` sees no key at or past this one. Never more than the capacity; grows with `row`.
+fn key_limit(b: u32, row: u32) -> u32 {
+    if (LIMIT == 0u) {
+        return min(past_of(b) + row + 1u, params.capacity);
+    }
+    if (LIMIT == 1u) {
+        return min(past_of(b) + rows_of(b), params.capacity);
+    }
+    return params.capacity;
+}
+
+/// Row `row` sees no key before this one. Grows with `row`.
+fn key_first(b: u32, row: u32) -> u32 {
+    if (WINDOWED) {
+        let position = past_of(b) + row + 1u;
+        return position - min(position, params.window);
+    }
+    return 0u;
+}
