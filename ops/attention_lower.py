@@ -208,6 +208,8 @@ def _params(ctx: Lowering, args: Mapping[str, Arg], problem: Problem, out: Ref) 
         "group": problem.group,
         "rows": problem.rows,
         "capacity": problem.capacity,
+        "limit": LIMITS_OF_KEYS.index(str(args["kv_limit"])),
+        "sinks": int(args.get("sink") is not None),
         "window": int(_number(args["window"])),
         "scale": 1.0 / math.sqrt(problem.d) if scale is None else _number(scale),
         "softcap": _number(args["softcap"]),
@@ -233,10 +235,6 @@ def _consts(ctx: Lowering, args: Mapping[str, Arg], problem: Problem) -> dict[st
         "DV": problem.dv,
         "K_WIDTH": 1 if problem.d % 4 else 4,
         "V_WIDTH": 1 if problem.dv % 4 else 4,
-        "LIMIT": LIMITS_OF_KEYS.index(str(args["kv_limit"])),
-        "WINDOWED": args["window"] != 0,
-        "CAPPED": args["softcap"] != 0,
-        "SINK": args.get("sink") is not None,
         "MASK": 0 if mask is None else 2 if ctx.dtype(mask) == "bool" else 1,
     }
 
@@ -308,17 +306,15 @@ def _decode(
     common, types = _consts(ctx, args, problem), _types(ctx, args, problem, out)
     total = problem.batch * problem.kv_heads * choice.row_tiles * choice.passes * choice.splits
     own: dict[str, Param] = {"total": total, "splits": choice.splits, "row_tiles": choice.row_tiles}
-    consts = {k: v for k, v in common.items() if k != "SINK"}
-    consts |= {"ROWS": choice.rows, "PASSES": choice.passes, "COLUMNS": width}
-    consts |= {"SUBS": power_of_two_up_to(min(8, 64 // width))}
+    consts = {**common, "ROWS": choice.rows, "PASSES": choice.passes, "COLUMNS": width}
+    consts["SUBS"] = power_of_two_up_to(min(8, 64 // width))
     bindings = {**_bindings(ctx, args, "query", "key", "value", "mask"), "partial": partial, "ml": ml}
     kinds = {k: v for k, v in types.items() if k not in ("Out", "Sink")}
     parts = ("rules", "splits", "scores")
     yield _dispatch(ctx, "attention_decode", bindings, every, own, total, consts, kinds, parts)
 
     own = {"total": problem.results, "splits": choice.splits}
-    consts = {k: common[k] for k in ("DV", "LIMIT", "WINDOWED", "SINK")}
-    consts |= {"COLUMNS": width, "SUBS": power_of_two_up_to(64 // width)}
+    consts = {"DV": problem.dv, "COLUMNS": width, "SUBS": power_of_two_up_to(64 // width)}
     bindings = {**_bindings(ctx, args, "sink"), "partial": partial, "ml": ml, "out": out.value}
     kinds = {k: types[k] for k in ("Out", "Sink")}
     yield _dispatch(ctx, "attention_merge", bindings, every, own, problem.results, consts, kinds, ("rules", "splits"))

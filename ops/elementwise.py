@@ -130,7 +130,7 @@ def _narrow(value: int | float, dtype: str) -> float:
 
 
 FINISH = {
-    "bool": "fn finish(v: R) -> Out { return u32(v != R(0)); }",
+    "bool": "fn finish(v: R) -> Out { return u32(!(v == R(0))); }",
     "u8": "fn finish(v: R) -> Out { return v & 255; }",
     "i8": "fn finish(v: R) -> Out { return extractBits(v, 0u, 8u); }",
     "i16": "fn finish(v: R) -> Out { return extractBits(v, 0u, 16u); }",
@@ -355,6 +355,7 @@ def _compare(sign: str) -> Rule:
 
 
 def _both(text: str) -> Rule:
+    # naga compares NaN != 0 as false, so "is true" is written as !(x == 0)
     return Rule(text.replace("0", "0.0"), text, PAIR, "in")
 
 
@@ -381,11 +382,11 @@ BINARY: dict[str, tuple[Rule | Chooser, str]] = {
     "bitwise_xor": (Rule(None, "x ^ y", PAIR), "Tensor Scalar Scalar_Tensor"),
     "bitwise_left_shift": (Rule(None, "shift_left(x, y)", PAIR), "Tensor Tensor_Scalar Scalar_Tensor"),
     "bitwise_right_shift": (Rule(None, "shift_right(x, y)", PAIR), "Tensor Tensor_Scalar Scalar_Tensor"),
-    "logical_and": (_both("x != 0 && y != 0"), "default"),
-    "logical_or": (_both("x != 0 || y != 0"), "default"),
-    "logical_xor": (_both("(x != 0) != (y != 0)"), "default"),
+    "logical_and": (_both("!(x == 0 || y == 0)"), "default"),
+    "logical_or": (_both("!(x == 0 && y == 0)"), "default"),
+    "logical_xor": (_both("(x == 0) != (y == 0)"), "default"),
     "eq": (_compare("=="), "Tensor Scalar"),
-    "ne": (_compare("!="), "Tensor Scalar"),
+    "ne": (Rule("!(x == y)", "x != y", PAIR, "in"), "Tensor Scalar"),
     "lt": (_compare("<"), "Tensor Scalar"),
     "le": (_compare("<="), "Tensor Scalar"),
     "gt": (_compare(">"), "Tensor Scalar"),

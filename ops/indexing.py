@@ -73,6 +73,20 @@ def _broadcast(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(next((size for size in sizes if size != 1), 1) for sizes in zip(*padded, strict=True))
 
 
+def _require_broadcast(ctx: Lowering, ref: Ref, target: Sequence[int]) -> None:
+    """Refuse a step in which dynamic sizes turn out not to broadcast (the export could not compare them)."""
+    for size, wanted in zip(reversed(ctx.shape(ref)), reversed(target), strict=False):
+        if size not in (1, wanted):
+            ctx.require(size, wanted, wanted, f"size of {ctx.value(ref).name}, which is broadcast to {list(target)}")
+
+
+def _require_within(ctx: Lowering, ref: Ref, limits: Sequence[int], axis: int | None = None) -> None:
+    """Refuse a step in which a dynamic size of a tensor turns out larger than its limit, except on `axis`."""
+    for a, (size, limit) in enumerate(zip(ctx.shape(ref), limits, strict=True)):
+        if a != axis and size > limit:
+            ctx.require(size, 0, limit, f"size of {ctx.value(ref).name} at axis {a}")
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where an indexed tensor is read or written.
@@ -109,6 +123,8 @@ def locate(ctx: Lowering, indexed: Ref, indices: Indices, written: Ref | None, w
         what_axis = f"{what} (axis {axis} of size {size} of {ctx.value(indexed).name})"
         ctx.require_elements(index, -size if wrap else 0, size - 1, what_axis)
     picked = _broadcast([ctx.shape(index) for index in given])
+    for index in given:
+        _require_broadcast(ctx, index, picked)
     adjacent = used == list(range(used[0], used[0] + len(used)))
     kept = [axis for axis in range(len(shape)) if axis not in used]
     front = [axis for axis in kept if axis < used[0]] if adjacent else []
@@ -180,6 +196,7 @@ def _read(ctx: Lowering, source: Ref, out: Ref, place: Place) -> Iterator[Dispat
 
 def _write(ctx: Lowering, values: Ref, own: Ref, out: Ref, place: Place) -> Iterator[Dispatch]:
     """The old value, unless `out` takes over its buffer, then the values (broadcast) at the place."""
+    _require_broadcast(ctx, values, place.shape)
     source, before = detached(ctx, values, out)
     yield from (*before, *place.before)
     yield from copy_all(ctx, own, out)
@@ -254,6 +271,7 @@ def _along(ctx: Lowering, indexed: Ref, index: Ref, dim: Arg, written: Ref | Non
     """Resolve the indices of gather and scatter, which name a place on one axis for every element."""
     shape, picked = ctx.shape(indexed), ctx.shape(index)
     axis = axis_of(number(dim), len(shape))
+    _require_within(ctx, index, shape, axis)
     steps = contiguous(shape)
     size, step = (shape[axis], steps[axis]) if shape else (1, 1)
     ctx.require_elements(index, 0, size - 1, f"index (axis {axis} of size {size} of {ctx.value(indexed).name})")
@@ -361,6 +379,7 @@ def lower_scatter(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
     dtype = ctx.dtype(own)
     if "src" in node.args:
         values = ref(node, "src")
+        _require_within(ctx, index, ctx.shape(values))
         source, before = detached(ctx, values, out)
         steps = contiguous(ctx.shape(values))
     else:

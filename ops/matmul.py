@@ -197,7 +197,7 @@ def make_product(
 
 
 def simplify(p: Product) -> Product:
-    """The same product with a batch that shares B folded into the rows, and a single column turned into a single row."""
+    """The same product, with a batch over one B folded into the rows, or a single column turned into a single row."""
     shared = not any(p.b_strides) and not any(p.bias_strides) and p.bias_row == 0
     if p.batch > 1 and shared and p.sizes[:3] == (1, 1, 1) and p.a_strides[3] == p.m * p.k:
         none = (0, 0, 0, 0)
@@ -211,7 +211,6 @@ def simplify(p: Product) -> Product:
             b_type=p.a_type,
             m=1,
             n=p.m,
-            b_nk=True,
             a_strides=p.b_strides,
             b_strides=p.a_strides,
             bias_row=p.bias_col,

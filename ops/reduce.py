@@ -65,8 +65,8 @@ LOWEST = {"f32": "-params.inf", "i32": "-2147483647 - 1"}
 HIGHEST = {"f32": "params.inf", "i32": "2147483647"}
 AMAX = Reduction(LOWEST, {"f32": "maximum(u, v)", "i32": "max(u, v)"}, kind="in", empty=False)
 AMIN = Reduction(HIGHEST, {"f32": "minimum(u, v)", "i32": "min(u, v)"}, kind="in", empty=False)
-ANY = Reduction(ZERO, _same("u | v"), element="S(v != X(0))", kind="i32")
-ALL = Reduction(ONE, _same("u & v"), element="S(v != X(0))", kind="i32")
+ANY = Reduction(ZERO, _same("u | v"), element="S(!(v == X(0)))", kind="i32")
+ALL = Reduction(ONE, _same("u & v"), element="S(!(v == X(0)))", kind="i32")
 SPREAD = Reduction(ZERO, ADD, "square(f32(v) - center[o])", "v / params.divisor", "f32")
 DEVIATION = Reduction(ZERO, ADD, "square(f32(v) - center[o])", "sqrt(v / params.divisor)", "f32")
 NORM_1 = Reduction(ZERO, ADD, "abs(f32(v))", kind="f32")

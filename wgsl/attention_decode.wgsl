@@ -29,6 +29,7 @@ struct Params {
     group: u32,
     rows: u32,
     capacity: u32,
+    limit: u32,
     window: u32,
     q_b: u32, q_s: u32, q_h: u32,
     k_b: u32, k_s: u32, k_h: u32,

@@ -19,9 +19,10 @@ struct Params {
     heads: u32,
     rows: u32,
     capacity: u32,
+    limit: u32,
     window: u32,
     o_b: u32, o_s: u32, o_h: u32,
-    minus_inf: f32,
+    sinks: u32,
     total: u32,
     splits: u32,
 }
@@ -60,7 +61,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
         top = max(top, tops[i]);
     }
     var extra = 0.0;
-    if (SINK) {
+    if (params.sinks != 0u) {
         let logit = f32(sink[h]);
         if (bitcast<u32>(logit) != 0xff800000u) {
             top = max(top, logit);

@@ -19,6 +19,7 @@ struct Params {
     group: u32,
     rows: u32,
     capacity: u32,
+    limit: u32,
     window: u32,
     q_b: u32, q_s: u32, q_h: u32,
     k_b: u32, k_s: u32, k_h: u32,
@@ -28,6 +29,7 @@ struct Params {
     scale: f32,
     softcap: f32,
     minus_inf: f32,
+    sinks: u32,
     total: u32,
 }
 @group(0) @binding(6) var<uniform> params: Params;
@@ -58,7 +60,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
 
     var top = LOWEST;
     var sum = 0.0;
-    if (SINK) {
+    if (params.sinks != 0u) {
         let logit = f32(sink[h]);
         if (!is_hidden(logit)) {
             top = logit;

@@ -29,6 +29,7 @@ struct Params {
     group: u32,
     rows: u32,
     capacity: u32,
+    limit: u32,
     window: u32,
     q_b: u32, q_s: u32, q_h: u32,
     k_b: u32, k_s: u32, k_h: u32,
@@ -38,6 +39,7 @@ struct Params {
     scale: f32,
     softcap: f32,
     minus_inf: f32,
+    sinks: u32,
     total: u32,
     tiles: u32,
 }
@@ -160,7 +162,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
 
     var top = vec4<f32>(LOWEST); // the largest score of each row so far
     var sum = vec4<f32>(); // this lane's share of each row's sum
-    if (SINK) {
+    if (params.sinks != 0u) {
         let logit = f32(sink[h]);
         if (!is_hidden(logit)) {
             top = vec4<f32>(logit);

@@ -2,8 +2,8 @@
 // Which keys a query row may see. Everything that may one day differ between batch rows (keys before the first query, number of
 // query rows) is read through `past_of` and `rows_of` alone.
 //
-// Needs: `live`, params.start_pos (slot), params.rows, params.capacity, params.window; const LIMIT (0 causal, 1 prefix, 2 all),
-// const WINDOWED.
+// Needs: `live`, params.start_pos (slot), params.rows, params.capacity, params.window (0: none), params.limit (0 causal, 1 prefix, 2 all).
+// These are numbers, not constants of the shader, so that layers with and without a window share one pipeline.
 
 /// Keys in the cache before the first query of batch row b. The host has checked that it is not negative.
 fn past_of(b: u32) -> u32 {
@@ -17,10 +17,10 @@ fn rows_of(b: u32) -> u32 {
 
 /// Row `row` sees no key at or past this one. Never more than the capacity; grows with `row`.
 fn key_limit(b: u32, row: u32) -> u32 {
-    if (LIMIT == 0u) {
+    if (params.limit == 0u) {
         return min(past_of(b) + row + 1u, params.capacity);
     }
-    if (LIMIT == 1u) {
+    if (params.limit == 1u) {
         return min(past_of(b) + rows_of(b), params.capacity);
     }
     return params.capacity;
@@ -28,7 +28,7 @@ fn key_limit(b: u32, row: u32) -> u32 {
 
 /// Row `row` sees no key before this one. Grows with `row`.
 fn key_first(b: u32, row: u32) -> u32 {
-    if (WINDOWED) {
+    if (params.window != 0u) {
         let position = past_of(b) + row + 1u;
         return position - min(position, params.window);
     }

@@ -1,7 +1,7 @@
 // No kernel: what the attention kernels do to a score before the softmax, and how they load keys and values; appended to them.
 //
 // A hidden key is a score of -inf. It is recognised by its bits, since a WGSL compiler may assume that no infinity occurs.
-// Needs: params.softcap, params.minus_inf, params.mask_*; const MASK (0 none, 1 additive, 2 boolean), CAPPED, D, DV, K_WIDTH and
+// Needs: params.softcap (0: none), params.minus_inf, params.mask_*; const MASK (0 none, 1 additive, 2 boolean), D, DV, K_WIDTH and
 // V_WIDTH (4: rows are loaded as vec4, 1: as scalars because the head size is no multiple of 4); alias KWide, VWide (f32 or
 // vec4<f32>: what one element of `key` or `value` converts to).
 
@@ -9,7 +9,7 @@ const LOWEST: f32 = -3.4028234663852886e38;
 
 /// softcap * tanh(x / softcap). tanh is 1 in f32 beyond 15, and some drivers' tanh overflows there; NaN passes.
 fn capped(x: f32) -> f32 {
-    if (CAPPED) {
+    if (params.softcap != 0.0) {
         let y = x / params.softcap;
         if ((bitcast<u32>(y) & 0x7fffffffu) > 0x7f800000u) {
             return x;

@@ -140,7 +140,7 @@ fn log1p_(x: f32) -> f32 {
     return log_(1.0 + x);
 }
 
-fn is_odd(y: f32) -> bool { return abs(y) < 16777216.0 && (i32(clamp(y, -16777216.0, 16777216.0)) & 1) == 1; }
+fn is_odd(y: f32) -> bool { return floor(y) == y && abs(y) < 16777216.0 && (i32(clamp(y, -16777216.0, 16777216.0)) & 1) == 1; }
 
 // |x|^y = 2^(y e + y l) for |x| = 2^e 2^l. y e is kept exact in two products, so that the error is about |y| * 3e-8.
 fn pow_(x: f32, y: f32) -> f32 {

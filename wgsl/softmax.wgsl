@@ -2,8 +2,8 @@
 //
 // x is seen as [outer, length, inner]. Appended by the host (ops/softmax.py): alias X, Out (storage types).
 //
-// One workgroup: 256 / LY lines, LY invocations each (a power of two). Each keeps a running (m, s) over every LY-th element, a tree in
-// workgroup memory joins them, and a second pass writes. Memory traffic: x twice (the second time mostly from cache), out once.
+// One workgroup: 256 / LY lines, LY invocations each (a power of two). Each keeps a running (m, s) over every LY-th element (s in
+// blocks of 32, for its rounding errors), a tree in workgroup memory joins them, and a second pass writes. Memory traffic: x twice (the second time mostly from cache), out once.
 // ALONG as in reduce.wgsl. Tried: nothing else yet.
 
 @group(0) @binding(0) var<storage, read> x: array<X>;
@@ -18,6 +18,7 @@ override LOG: u32 = 0u;
 override SAFE: u32 = 0u;
 
 const WG: u32 = 256u;
+const BLOCK: u32 = 32u;
 
 var<workgroup> maxima: array<f32, WG>;
 var<workgroup> sums: array<f32, WG>;
@@ -61,14 +62,24 @@ fn main(
     var m = -params.inf;
     var s = 0.0;
     if (valid) {
+        var block = 0.0;
+        var filled = 0u;
         for (var r = row; r < params.length; r += LY) {
             let v = f32(x[base + r * params.inner]);
             if (v > m) {
                 s = rescale(s, m, v);
+                block = rescale(block, m, v);
                 m = v;
             }
-            s += select(exp_(v - m), 0.0, v == -params.inf);
+            block += select(exp_(v - m), 0.0, v == -params.inf);
+            filled += 1u;
+            if (filled == BLOCK) {
+                s += block;
+                block = 0.0;
+                filled = 0u;
+            }
         }
+        s += block;
     }
     let mine = column * LY + row;
     maxima[mine] = m;

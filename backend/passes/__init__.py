@@ -9,13 +9,21 @@ from collections.abc import Callable, Collection, Mapping
 
 from ..graph import Graph
 from .attention import canonical_attention, peel_attention
-from .cleanup import merge_equal_nodes, remove_unused
+from .cleanup import cancel_permutes, merge_equal_nodes, remove_unused
+from .linear import fuse_linear, fuse_swiglu
+from .norm import fuse_rms_norm
+from .rotary import fuse_rope
 from .storage import assign_storage
 
 Pass = Callable[[Graph], Graph]
 
 OPTIONAL: Mapping[str, Pass] = {
     "merge_equal_nodes": merge_equal_nodes,
+    "fuse_linear": fuse_linear,
+    "fuse_rms_norm": fuse_rms_norm,
+    "fuse_rope": fuse_rope,
+    "fuse_swiglu": fuse_swiglu,
+    "cancel_permutes": cancel_permutes,
     "peel_attention": peel_attention,
 }
 

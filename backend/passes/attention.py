@@ -11,15 +11,9 @@ from dataclasses import replace
 
 from ...ops.attention import canonical
 from ..graph import FLOATS, Arg, Graph, Node, Ref
+from .match import CAST, COPY, EXPAND, UNSQUEEZE, VIEW, swaps_middle
 from .rewrite import Editor, Links, map_nodes
 
-CAST_OPS = ("aten._to_copy.default", "dim_order_ops._to_dim_order_copy.default", "aten.to.dtype")
-_COPY_OPS = ("aten.clone.default", "aten.alias_copy.default", "aten.alias.default", "dim_order_ops._clone_dim_order.default")
-_PERMUTE_OPS = ("aten.permute_copy.default", "aten.permute.default")
-_TRANSPOSE_OPS = ("aten.transpose_copy.int", "aten.transpose.int")
-_VIEW_OPS = ("aten.view_copy.default", "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default")
-_EXPAND_OPS = ("aten.expand_copy.default", "aten.expand.default")
-_UNSQUEEZE_OPS = ("aten.unsqueeze_copy.default", "aten.unsqueeze.default")
 _OTHER_LAYOUT = {"bshd": "bhsd", "bhsd": "bshd"}
 
 
@@ -108,32 +102,21 @@ def _step(links: Links, node: Node, layout: str, repeats: bool) -> tuple[Arg, st
     if not isinstance(source, Ref):
         return None
     result = links.graph.values[node.outputs[0]]
-    if node.op in _COPY_OPS:
+    if node.op in COPY:
         return source, layout
-    if node.op in CAST_OPS:
+    if node.op in CAST:
         wider = ("f32",) if links.value(source).dtype in ("f16", "bf16") else ()
         same = links.value(source).dtype == result.dtype
         return (source, layout) if same or result.dtype in wider else None
-    if _swaps_middle(node, links):
+    if swaps_middle(links, node):
         return source, _OTHER_LAYOUT[layout]
-    if node.op in _VIEW_OPS and links.value(source).shape == result.shape:
+    if node.op in VIEW and links.value(source).shape == result.shape:
         return source, layout
     if repeats:
         origin = _repeated(links, node, layout)
         if origin is not None:
             return origin, layout
     return None
-
-
-def _swaps_middle(node: Node, links: Links) -> bool:
-    """Whether a node exchanges axes 1 and 2 of a rank-4 tensor."""
-    if node.op in _PERMUTE_OPS:
-        return node.args["dims"] in ((0, 2, 1, 3), (0, 2, 1, -1), (0, -2, -3, -1))
-    if node.op in _TRANSPOSE_OPS:
-        rank = len(links.graph.values[node.outputs[0]].shape)
-        axes = {int(str(node.args[name])) % rank for name in ("dim0", "dim1")}
-        return rank == 4 and axes == {1, 2}
-    return False
 
 
 def _repeated(links: Links, node: Node, layout: str) -> Ref | None:
@@ -145,14 +128,14 @@ def _repeated(links: Links, node: Node, layout: str) -> Ref | None:
     if node.op == "aten.repeat_interleave.self_int":
         source, axis = node.args["self"], node.args["dim"]
         return source if isinstance(source, Ref) and axis in (heads, heads - 4) else None
-    if node.op not in _VIEW_OPS:
+    if node.op not in VIEW:
         return None
     inner: Node | None = links.made_by(node.args["self"])
-    while inner is not None and inner.op in _COPY_OPS:
+    while inner is not None and inner.op in COPY:
         inner = links.made_by(inner.args["self"])
-    if inner is None or inner.op not in _EXPAND_OPS:
+    if inner is None or inner.op not in EXPAND:
         return None
-    unsqueezed = links.made_by(inner.args["self"], *_UNSQUEEZE_OPS, *_VIEW_OPS)
+    unsqueezed = links.made_by(inner.args["self"], *UNSQUEEZE, *VIEW)
     if unsqueezed is None:
         return None
     source = unsqueezed.args["self"]
@@ -179,10 +162,10 @@ def _peel_output(links: Links, node: Node) -> Node:
         if follower is None:
             return node
         source, result = links.graph.values[node.outputs[0]], links.graph.values[follower.outputs[0]]
-        if _swaps_middle(follower, links):
+        if swaps_middle(links, follower):
             layout = _OTHER_LAYOUT[str(node.args["out_layout"])]
             node = replace(node, args={**node.args, "out_layout": layout}, outputs=follower.outputs)
-        elif follower.op in CAST_OPS and {source.dtype, result.dtype} <= FLOATS - {"f64"}:
+        elif follower.op in CAST and {source.dtype, result.dtype} <= FLOATS - {"f64"}:
             node = replace(node, outputs=follower.outputs)
         else:
             return node

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ..graph import Graph, Node, Ref
-from .rewrite import rename
+from .match import permutation
+from .rewrite import Links, rename
 
 
 def remove_unused(graph: Graph) -> Graph:
@@ -58,9 +60,30 @@ def merge_equal_nodes(graph: Graph) -> Graph:
             nodes.append(node)
         else:
             mapping.update(zip(original.outputs, same.outputs, strict=True))
+    return redirect(replace(graph, nodes=tuple(nodes)), mapping)
+
+
+def redirect(graph: Graph, mapping: Mapping[int, int]) -> Graph:
+    """The graph with values read under other names, outputs and mutations included."""
     return replace(
         graph,
-        nodes=tuple(nodes),
+        nodes=tuple(rename(node, mapping) for node in graph.nodes),
         outputs=tuple(Ref(mapping.get(o.value, o.value)) if isinstance(o, Ref) else o for o in graph.outputs),
         mutations=tuple((t, mapping.get(s, s)) for t, s in graph.mutations),
     )
+
+
+def cancel_permutes(graph: Graph) -> Graph:
+    """Let readers of permute(permute(x)) read x where the two cancel; fusions leave such pairs behind."""
+    links = Links(graph)
+    mapping: dict[int, int] = {}
+    for node in graph.nodes:
+        order = permutation(links, node)
+        inner = links.made_by(node.args.get("self")) if order is not None else None
+        first = permutation(links, inner) if inner is not None else None
+        if order is None or inner is None or first is None or tuple(first[i] for i in order) != tuple(range(len(order))):
+            continue
+        source = inner.args["self"]
+        if isinstance(source, Ref):
+            mapping[node.outputs[0]] = mapping.get(source.value, source.value)
+    return redirect(graph, mapping)

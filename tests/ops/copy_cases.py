@@ -1,9 +1,9 @@
-"""Cases of data movement as data: an operator, its inputs and what PyTorch makes of them. Results must be bit-identical."""
+"""Cases of data movement as data: an operator, its inputs, PyTorch's result. Equality is bit by bit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from executorch_webgpu.backend.graph import Graph, Ref
 from executorch_webgpu.ops.base import check_node, viewed
+from executorch_webgpu.runtime.delegate import Delegate
 from executorch_webgpu.runtime.host import to_host, to_user
 from tests.harness import GraphBuilder, device
 
@@ -48,7 +49,7 @@ class Case:
 
 
 def ramp(shape: Sequence[int], dtype: torch.dtype = torch.float32, start: int = 0) -> torch.Tensor:
-    """A tensor whose elements all differ where the dtype can tell them apart; floats hold NaN, infinities and -0.0 too."""
+    """A tensor whose elements all differ where the dtype can tell them apart; floats hold NaN, infinities and -0.0."""
     count = int(np.prod(shape, dtype=np.int64))
     values = torch.arange(start + 1, start + count + 1)
     if dtype == torch.bool:
@@ -83,7 +84,7 @@ def build(case: Case) -> tuple[GraphBuilder, Graph, list[torch.Tensor]]:
     return b, b.graph(*results), feeds
 
 
-def poison(delegate: Any) -> None:
+def poison(delegate: Delegate) -> None:
     """Fill every pooled buffer with NaN bit patterns, so that what a kernel forgets to write shows."""
     for buffer in delegate.pool._buffers:
         delegate.device.gpu.queue.write_buffer(buffer, 0, b"\xff" * buffer.size)
@@ -101,14 +102,19 @@ def same(got: Any, wanted: torch.Tensor) -> None:
         np.testing.assert_array_equal(np.signbit(got) & ~np.isnan(got), np.signbit(array) & ~np.isnan(array))
 
 
+def execute(delegate: Delegate, *inputs: Any) -> list[Any]:
+    """One step; the results as numpy arrays (bfloat16 as float32)."""
+    made = delegate.execute([to_host(x) for x in inputs])
+    return [to_user(dtype, np.asarray(array), False) for dtype, array in made]
+
+
 def run_twice(b: GraphBuilder, graph: Graph, on: str, *inputs: Any) -> list[Any]:
     """Run, poison every temporary, run again; both runs must agree. Returns numpy arrays."""
     delegate = b.load(graph, device(on))
     try:
-        feeds = [to_host(x) for x in inputs]
-        first = [to_user(d, a, False) for d, a in delegate.execute(feeds)]
+        first = execute(delegate, *inputs)
         poison(delegate)
-        again = [to_user(d, a, False) for d, a in delegate.execute(feeds)]
+        again = execute(delegate, *inputs)
     finally:
         delegate.close()
     for a, c in zip(first, again, strict=True):
@@ -124,6 +130,15 @@ def check(case: Case, on: str) -> None:
     assert (viewed(graph, node) is not None) == case.view
     for got, wanted in zip(run_twice(b, graph, on, *feeds), case.expected(), strict=True):
         same(got, wanted)
+
+
+def in_place(case: Case, target: str = "self") -> tuple[GraphBuilder, Graph, list[torch.Tensor]]:
+    """The case with its written argument as a mutable buffer that the result takes over."""
+    b, graph, feeds = build(replace(case, kinds={target: "mutable"}))
+    ref, out = graph.nodes[0].args[target], graph.nodes[0].outputs[0]
+    assert isinstance(ref, Ref)
+    b.values[out] = replace(b.values[out], alias=ref.value)
+    return b, b.graph(*graph.outputs, mutations=((ref.value, out),)), feeds
 
 
 def reason(case: Case) -> str:

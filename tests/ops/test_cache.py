@@ -1,4 +1,4 @@
-"""KV cache writes: the written rows are bit-identical to what was given, every other byte of the cache stays as it was."""
+"""KV cache writes: the written rows are bit-identical to what was given, every other byte of the cache stays."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from executorch_webgpu.backend.graph import Ref, Sym
-from executorch_webgpu.ops.base import check_node
+from executorch_webgpu.backend.graph import Node, Ref, Sym
+from executorch_webgpu.ops import base
+from executorch_webgpu.ops.base import Dispatch, Lowering, Op, check_node, find
 from executorch_webgpu.runtime.errors import InputError
-from executorch_webgpu.runtime.host import to_host, to_user
-from tests.harness import DEVICES, GraphBuilder, device
-from tests.ops.copy_cases import NAMES, poison, ramp, same
+from executorch_webgpu.runtime.host import to_host
+from tests.harness import DEVICES, GraphBuilder, device, run
+from tests.ops.copy_cases import NAMES, execute, poison, ramp, same
 
 PLAIN, BY_INDEX = "llama.update_cache.default", "llama.update_cache_with_indices.default"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int64)
@@ -38,13 +39,11 @@ class Cache:
         self.graph = b.graph(made, mutations=mutations)
         assert check_node(self.graph, self.graph.nodes[0]) is None
         self.delegate = b.load(self.graph, device(on))
-        self.dtype = dtype
 
     def write(self, value: torch.Tensor, at: int, indices: torch.Tensor | None = None) -> Any:
         """Returns the new cache."""
         feeds = [value, torch.tensor([at])] + ([] if indices is None else [indices])
-        ((_, got),) = self.delegate.execute([to_host(x) for x in feeds])
-        return to_user(self.dtype, got, False)
+        return execute(self.delegate, *feeds)[0]
 
     def bytes(self) -> bytes:
         """What the GPU holds."""
@@ -164,11 +163,11 @@ def test_a_value_in_the_cache_itself(on: str) -> None:
     b = GraphBuilder()
     b.input("i64", (1,))
     k = b.stored("mutable", "f32", old.numpy(), "k")
-    args = {"value": k, "cache": k, "start_pos": Sym("scalar", (0, 0))}
+    args: dict[str, Any] = {"value": k, "cache": k, "start_pos": Sym("scalar", (0, 0))}
     y = b.node(PLAIN, args, ("f32", (1, 4, 1, 4)), alias=[k])
     delegate = b.load(b.graph(y, mutations=((k.value, y.value),)), device(on))
     try:
-        ((_, got),) = delegate.execute([to_host(torch.tensor([0]))])
+        (got,) = execute(delegate, torch.tensor([0]))
         same(got, old)
     finally:
         delegate.close()
@@ -208,6 +207,24 @@ def test_many_duplicates_are_deterministic(on: str) -> None:
     indices = (torch.arange(700) * 7 % 16).reshape(1, 700)
     with cache(old, on, indexed=True) as c:
         same(c.write(value, 0, indices), put_rows(old, value, indices))
+
+
+@pytest.mark.parametrize("on", DEVICES)
+def test_writes_that_a_later_one_replaces_are_dropped(on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel last_write alone: a CPU runs invocations in order, so the cache cannot show that it is needed."""
+
+    def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
+        bindings = {"idx": ctx.id(node.args["self"]), "out": node.outputs[0]}
+        yield Dispatch("last_write", bindings, {"count": 2 * 70, "length": 70}, ctx.grid_1d(2 * 70, 64))
+
+    find("aten.neg.default")  # loads the registry
+    monkeypatch.setitem(base._REGISTRY, "test.last_write", Op("test.last_write", lambda graph, node: None, lower))
+    indices = np.stack([np.arange(70) * 3 % 16, np.arange(70)[::-1] % 64]).astype(np.int64)
+    b = GraphBuilder()
+    x = b.input("i64", indices.shape)
+    (got,) = run(b, b.graph(b.node("test.last_write", {"self": x}, ("i64", indices.shape))), device(on), indices)
+    expected = [[v if v not in row[s + 1 :] else -(2**31) for s, v in enumerate(row)] for row in indices.tolist()]
+    np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize("on", DEVICES)
@@ -252,7 +269,7 @@ def test_more_workgroups_than_one_grid_axis_holds(on: str) -> None:
     delegate = b.load(b.graph(tail, mutations=((k.value, y.value),)), device(on))
     try:
         numbers = np.arange(size, dtype=np.int32).reshape(1, 1, 1, size)
-        ((_, got),) = delegate.execute([to_host(numbers), to_host(torch.tensor([1]))])
+        (got,) = execute(delegate, numbers, torch.tensor([1]))
         assert (got[0, 0] == 0).all()
         assert (got[0, 1:] == [size - 2, size - 1]).all()
     finally:

@@ -89,15 +89,15 @@ def test_dynamic_size(on: str) -> None:
         delegate.close()
 
 
-@pytest.mark.parametrize("tail", [0, 1])
-def test_more_workgroups_than_a_dimension_holds(tail: int) -> None:
-    count = 256 * 65536 * (1 if tail else 4) + 256 + tail
+def test_more_workgroups_than_a_dimension_holds() -> None:
+    """An odd count, so scalars: as vec4 the operands would pass the 128 MiB that a binding holds by default."""
+    count = 256 * 65536 + 257
     gate = np.resize(rng.standard_normal(8191).astype(np.float32), count)
     b = GraphBuilder()
     x = b.input("f32", (count,))
     (got,) = run(b, b.graph(b.node("webgpu.swiglu", {"gate": x, "up": x}, ("f32", (count,)))), device("full"), gate)
-    np.testing.assert_allclose(got[::997], reference(gate[::997], gate[::997]), rtol=2e-6)
-    np.testing.assert_allclose(got[-9:], reference(gate[-9:], gate[-9:]), rtol=2e-6)
+    np.testing.assert_allclose(got[::97], reference(gate[::97], gate[::97]), rtol=2e-6)
+    np.testing.assert_allclose(got[-999:], reference(gate[-999:], gate[-999:]), rtol=2e-6)
 
 
 def test_refuses() -> None:

@@ -8,10 +8,8 @@ import torch
 
 from executorch_webgpu.backend.graph import Sym
 from executorch_webgpu.runtime.errors import InputError
-from executorch_webgpu.runtime.host import to_host, to_user
 from tests.harness import DEVICES, GraphBuilder, device, run
-from tests.ops.copy_cases import NAMES, Case, check, poison, ramp, reason, run_twice, same
-from tests.ops.test_joining import in_place
+from tests.ops.copy_cases import NAMES, Case, check, execute, in_place, poison, ramp, reason, run_twice, same
 
 OPEN = 2**63 - 1
 F16, BF16, I64 = torch.float16, torch.bfloat16, torch.int64
@@ -249,22 +247,29 @@ def test_an_index_out_of_range_made_on_the_gpu_harms_nothing(on: str, bad: int) 
     # A copy of the indices into a temporary is no input any more.
     made = b.node("aten.flip.default", {"self": i, "dims": (0,)}, ("i64", (2,)))
     read = b.node("aten.index.Tensor", {"self": x, "indices": (made,)}, ("f32", (2, 4)))
-    args = {"self": x, "indices": (made,), "values": values, "accumulate": False}
+    args: dict[str, Any] = {"self": x, "indices": (made,), "values": values, "accumulate": False}
     written = b.node("aten.index_put.default", args, ("f32", (9, 4)))
     zero = b.stored("constant", "i64", np.zeros(2, np.int64), "zero")
-    pair = {"self": x, "indices": (made, zero), "accumulate": False}
+    pair: dict[str, Any] = {"self": x, "indices": (made, zero), "accumulate": False}
     one = b.input("f32", (2,))
     both = b.node("aten.index_put.default", {**pair, "values": one}, ("f32", (9, 4)))
+    args = {"self": x, "indices": (zero, made), "values": one, "accumulate": False}
+    across = b.node("aten.index_put.default", args, ("f32", (9, 4)))
     new = ramp((2, 4), start=200)
-    got = run(b, b.graph(read, written, both), device(on), own, torch.tensor([3, bad]), new, torch.tensor([5.0, 6.0]))
+    got = run(
+        b, b.graph(read, written, both, across), device(on), own, torch.tensor([3, bad]), new, torch.tensor([5.0, 6.0])
+    )
     same(got[0][1], own[3])
-    assert not np.isnan(got[0][0]).all()
+    same(got[0][0], own[0 if bad < 0 else 8])
     expected = own.clone()
     expected[3] = new[1]
     same(got[1], expected)
     expected = own.clone()
     expected[3, 0] = 6.0
     same(got[2], expected)
+    expected = own.clone()  # here a bad index plus a good one would make a place inside the tensor
+    expected[0, 3] = 6.0
+    same(got[3], expected)
 
 
 @pytest.mark.parametrize("on", DEVICES)
@@ -279,12 +284,31 @@ def test_dynamic_embedding_grows_after_shrinking(on: str) -> None:
     try:
         for length in (3, 1, 40, 0, 7):
             feed = ids(1, length, below=11, seed=length)
-            delegate.execute([to_host(feed)])
+            execute(delegate, feed)
             poison(delegate)
-            ((dtype, got),) = delegate.execute([to_host(feed)])
-            same(to_user(dtype, got, False), weight[feed])
+            same(execute(delegate, feed)[0], weight[feed])
     finally:
         delegate.close()
+
+
+def test_dynamic_sizes_that_do_not_fit_are_refused() -> None:
+    """Sizes that only a call reveals: values that do not broadcast, an index longer than the tensor it goes along."""
+    b = GraphBuilder()
+    n, m = Sym("input_dim", (1, 0)), Sym("input_dim", (2, 0))
+    x, i, v = b.input("f32", (6, 4)), b.input("i64", (n,)), b.input("f32", (m, 4))
+    put_ = b.node("aten.index_put.default", {"self": x, "indices": (i,), "values": v}, ("f32", (6, 4)))
+    rows = b.node("aten.expand_copy.default", {"self": i, "size": (4, n)}, ("i64", (4, n)))
+    got = b.node("aten.gather.default", {"self": v, "dim": 1, "index": rows}, ("f32", (4, n)))
+    graph = b.graph(put_, got)
+    own, new = ramp((6, 4)), ramp((4, 4), start=50)
+    indices = torch.tensor([3, 1, 0, 2])
+    made = run(b, graph, device(DEVICES[0]), own, indices, new)
+    same(made[0], own.index_put((indices,), new))
+    same(made[1], new.gather(1, indices.expand(4, 4)))
+    with pytest.raises(InputError, match="broadcast"):
+        run(b, graph, device(DEVICES[0]), own, indices, ramp((5, 4)))
+    with pytest.raises(InputError, match="at axis 0"):
+        run(b, graph, device(DEVICES[0]), own, indices[:1], ramp((1, 4)))
 
 
 @pytest.mark.parametrize("on", DEVICES)

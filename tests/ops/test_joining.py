@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from executorch_webgpu.backend.graph import Sym, make_dim
-from executorch_webgpu.runtime.host import to_host, to_user
 from tests.harness import DEVICES, GraphBuilder, device, run
-from tests.ops.copy_cases import NAMES, Case, build, check, poison, ramp, reason, run_twice, same
+from tests.ops.copy_cases import NAMES, Case, check, execute, in_place, poison, ramp, reason, run_twice, same
 
 OPEN = 2**63 - 1
 BF16, F16, F32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.int64
@@ -112,18 +111,6 @@ def test_matches_torch(case: Case, on: str) -> None:
     check(case, on)
 
 
-def in_place(case: Case, target: str = "self") -> tuple[GraphBuilder, Any, list[torch.Tensor]]:
-    """The case with its written argument as a mutable buffer that the result takes over."""
-    kinds = Case(case.name, case.op, case.inputs, case.literals, case.reference, kinds={target: "mutable"})
-    b, graph, feeds = build(kinds)
-    ref = graph.nodes[0].args[target]
-    out = graph.nodes[0].outputs[0]
-    b.values[out] = type(b.values[out])(
-        **{**{f: getattr(b.values[out], f) for f in ("kind", "dtype", "shape", "name", "data")}, "alias": ref.value}
-    )
-    return b, b.graph(*graph.outputs, mutations=((ref.value, out),)), feeds
-
-
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize(
     "case",
@@ -161,10 +148,9 @@ def test_dynamic_cat_grows_after_shrinking(on: str) -> None:
     try:
         for length in (4, 1, 9, 0, 33, 2):
             feeds = [ramp((length, 3)), ramp((2, 3), start=77)]
-            delegate.execute([to_host(t) for t in feeds])
+            execute(delegate, *feeds)
             poison(delegate)
-            ((dtype, got),) = delegate.execute([to_host(t) for t in feeds])
-            same(to_user(dtype, got, False), torch.cat(feeds))
+            same(execute(delegate, *feeds)[0], torch.cat(feeds))
     finally:
         delegate.close()
 

@@ -8,9 +8,8 @@ import torch
 
 from executorch_webgpu.backend.graph import Sym, make_dim
 from executorch_webgpu.runtime.errors import InputError
-from executorch_webgpu.runtime.host import to_host, to_user
 from tests.harness import DEVICES, GraphBuilder, device, run
-from tests.ops.copy_cases import NAMES, Case, check, poison, ramp, reason, same
+from tests.ops.copy_cases import NAMES, Case, check, execute, poison, ramp, reason, same
 
 OPEN = 2**63 - 1
 DTYPES = (torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -221,7 +220,7 @@ def live_slice(step: int = 1) -> tuple[GraphBuilder, Any]:
     b.input("i64", (s,))
     b.input("i64", (1,))
     table = b.stored("constant", "f32", ramp((12, 4)).numpy(), "table")
-    args = {"self": table, "dim": 0, "start": p, "end": make_dim("add", p, s), "step": step}
+    args: dict[str, Any] = {"self": table, "dim": 0, "start": p, "end": make_dim("add", p, s), "step": step}
     return b, b.graph(b.node("aten.slice_copy.Tensor", args, ("f32", (s, 4))))
 
 
@@ -232,10 +231,7 @@ def test_slice_at_a_live_start_needs_one_plan_per_length(on: str) -> None:
     try:
 
         def step(length: int, at: int) -> Any:
-            ((_, got),) = delegate.execute(
-                [to_host(torch.zeros(length, dtype=torch.int64)), to_host(torch.tensor([at]))]
-            )
-            return got
+            return execute(delegate, torch.zeros(length, dtype=torch.int64), torch.tensor([at]))[0]
 
         step(2, 0)
         plans = len(delegate._plans)
@@ -269,7 +265,7 @@ def test_select_and_scatter_at_a_live_index(on: str, inner: int) -> None:
     put = b.node("aten.select_scatter.default", {"self": a, "src": c, "dim": 1, "index": p}, ("f32", x.shape))
     wide = b.node("aten.unsqueeze_copy.default", {"self": c, "dim": 1}, ("f32", (3, 1, inner)))
     end = make_dim("add", p, 1)
-    args = {"self": a, "src": wide, "dim": 1, "start": p, "end": end, "step": 1}
+    args: dict[str, Any] = {"self": a, "src": wide, "dim": 1, "start": p, "end": end, "step": 1}
     part = b.node("aten.slice_scatter.default", args, ("f32", x.shape))
     graph = b.graph(picked, put, part)
     for at in (0, 5, 2, -1, -6):
@@ -292,10 +288,9 @@ def test_dynamic_permute_grows_after_shrinking(on: str) -> None:
     try:
         for length in (5, 1, 9, 0, 64, 2):
             value = ramp((2, length, 4))
-            delegate.execute([to_host(value)])
+            execute(delegate, value)
             poison(delegate)
-            ((dtype, got),) = delegate.execute([to_host(value)])
-            same(to_user(dtype, got, False), value.permute(1, 0, 2))
+            same(execute(delegate, value)[0], value.permute(1, 0, 2))
     finally:
         delegate.close()
 

@@ -10,7 +10,7 @@ import pytest
 
 from executorch_webgpu.backend.graph import Graph, Node, Ref, Sym, make_dim
 from executorch_webgpu.ops import matmul
-from executorch_webgpu.ops.base import Dispatch, Lowering, check_node, find, register
+from executorch_webgpu.ops.base import Dispatch, Lower, Lowering, check_node, find, register
 from executorch_webgpu.runtime.host import bf16_to_f32, f32_to_bf16
 from tests.harness import DEVICES, GraphBuilder, device, run
 
@@ -87,14 +87,14 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
-def _force(kernel: Kernel) -> Callable[[Lowering, Node], Iterator[Dispatch]]:
+def _force(kernel: Kernel) -> Lower:
     def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         return kernel(ctx, matmul.linear_parts(ctx, node))
 
     return lower
 
 
-def _force_baddbmm(kernel: Kernel) -> Callable[[Lowering, Node], Iterator[Dispatch]]:
+def _force_baddbmm(kernel: Kernel) -> Lower:
     def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         return kernel(
             ctx, matmul.make_product(ctx, node, node.args["batch1"], node.args["batch2"], bias=node.args["self"])
@@ -103,7 +103,7 @@ def _force_baddbmm(kernel: Kernel) -> Callable[[Lowering, Node], Iterator[Dispat
     return lower
 
 
-def _force_matmul(kernel: Kernel) -> Callable[[Lowering, Node], Iterator[Dispatch]]:
+def _force_matmul(kernel: Kernel) -> Lower:
     def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         return kernel(ctx, matmul.make_product(ctx, node, node.args["self"], node.args["other"]))
 
@@ -349,7 +349,7 @@ def test_dynamic_rows(on: str) -> None:
 
 @pytest.mark.parametrize("on", DEVICES)
 def test_dynamic_inner_size(on: str) -> None:
-    """Attention's shape: K and N follow the sequence, and with them alignment and kernel; longer steps leave NaN behind."""
+    """Attention's shape: K and N follow the sequence, alignment and kernel with them; long steps leave NaN."""
     s = Sym("input_dim", (0, 1))
     b = GraphBuilder()
     x = b.input("f32", (2, s, 12))

@@ -104,7 +104,7 @@ def test_layer_norm_shapes(on: str) -> None:
             ("aten.native_layer_norm.default", (("f32", shape), ("f32", stats), ("f32", stats))),
         ):
             case = Case()
-            args = {
+            args: dict[str, Any] = {
                 "input": case.tensor("f32", x),
                 "normalized_shape": end,
                 "weight": case.tensor("f32", weight),
@@ -125,7 +125,7 @@ def test_fused_rms_norm_gives_rstd(on: str) -> None:
     for shape in ((3, 24), (5, 7)):
         x, weight = random("f32", shape), random("f32", shape[-1:])
         case = Case()
-        args = {
+        args: dict[str, Any] = {
             "input": case.tensor("f32", x),
             "normalized_shape": shape[-1:],
             "weight": case.tensor("f32", weight),
@@ -143,7 +143,12 @@ def test_default_eps_is_that_of_float32(on: str) -> None:
     for dtype in ("f32", "f16"):
         case = Case()
         data = x.astype(np.float16).astype(np.float32) if dtype == "f16" else x
-        args = {"input": case.tensor(dtype, data), "normalized_shape": (4,), "weight": None, "eps": None}
+        args: dict[str, Any] = {
+            "input": case.tensor(dtype, data),
+            "normalized_shape": (4,),
+            "weight": None,
+            "eps": None,
+        }
         (got,) = case.run(on, "aten.rms_norm.default", args, (dtype, (2, 4)))
         close(got, reference(data, 1, None, None, 2.0**-23, False)[0], dtype)
 
@@ -176,7 +181,7 @@ def test_nan_and_infinity_stay_in_their_row(op: str, on: str) -> None:
         x, weight = random("f32", (5, size)), random("f32", (size,))
         x[1, size // 2], x[3, 0] = np.nan, np.inf
         case = Case()
-        args = {
+        args: dict[str, Any] = {
             "input": case.tensor("f32", x),
             "normalized_shape": (size,),
             "weight": case.tensor("f32", weight),
@@ -198,7 +203,13 @@ def test_large_mean_costs_no_digits(on: str) -> None:
     """The variance is taken around the mean: E[x^2] - E[x]^2 would be off by a hundred percent here."""
     x = (1000 + rng.standard_normal((3, 512))).astype(np.float32)
     case = Case()
-    args = {"input": case.tensor("f32", x), "normalized_shape": (512,), "weight": None, "bias": None, "eps": EPS}
+    args: dict[str, Any] = {
+        "input": case.tensor("f32", x),
+        "normalized_shape": (512,),
+        "weight": None,
+        "bias": None,
+        "eps": EPS,
+    }
     (got,) = case.run(on, "aten.layer_norm.default", args, ("f32", (3, 512)))
     np.testing.assert_allclose(got, reference(x, 1, None, None, EPS, True)[0], atol=2e-4)
 
@@ -210,7 +221,7 @@ def test_dynamic_rows_and_zero_rows(op: str, on: str) -> None:
     b = GraphBuilder()
     x = b.input("f32", (s, 36))
     weight = random("f32", (36,))
-    args = {
+    args: dict[str, Any] = {
         "input": x,
         "normalized_shape": (36,),
         "weight": b.stored("constant", "f32", weight, "w"),
@@ -244,7 +255,13 @@ def test_more_workgroups_than_a_dimension_holds(op: str, on: str) -> None:
     rows = 64 * 65536 + 7  # 64 rows a workgroup at this size
     x = random("f32", (1025, 1)).repeat(-(-rows // 1025), axis=1).reshape(-1)[:rows, None]
     case = Case()
-    args = {"input": case.tensor("f32", x), "normalized_shape": (1,), "weight": None, "bias": None, "eps": 0.5}
+    args: dict[str, Any] = {
+        "input": case.tensor("f32", x),
+        "normalized_shape": (1,),
+        "weight": None,
+        "bias": None,
+        "eps": 0.5,
+    }
     (got,) = case.run(on, op, args, ("f32", (rows, 1)))
     np.testing.assert_allclose(got, reference(x, 1, None, None, 0.5, op.startswith("aten"))[0], rtol=1e-6, atol=1e-30)
     graph = case.b.graph(Ref(1))

@@ -66,7 +66,7 @@ def test_sizes(style: str, layout: str, on: str) -> None:
         width = rot if style == "half-full-table" else rot // 2
         x, cos, sin = random("f32", shape), random("f32", (rows, width)), random("f32", (rows, width))
         b = GraphBuilder()
-        args = {
+        args: dict[str, Any] = {
             "input": b.input("f32", shape),
             "cos": b.input("f32", cos.shape),
             "sin": b.input("f32", sin.shape),
@@ -105,7 +105,7 @@ def test_dtypes(on: str) -> None:
             bits = f32_to_bf16(array) if dtype == "bf16" else array.astype(np.float16) if dtype == "f16" else array
             return b.stored("constant", dtype, bits, name)
 
-        args = {
+        args: dict[str, Any] = {
             "input": stored("x", x_type, x),
             "cos": stored("cos", table_type, cos),
             "sin": stored("sin", table_type, sin),
@@ -128,7 +128,7 @@ def test_nan_and_infinity(on: str) -> None:
         (False, {(0, 0, 1, 2), (0, 0, 1, 6), (0, 1, 0, 1), (0, 1, 0, 5)}),
     ):
         b = GraphBuilder()
-        args = {
+        args: dict[str, Any] = {
             "input": b.input("f32", x.shape),
             "cos": b.input("f32", (2, 4)),
             "sin": b.input("f32", (2, 4)),
@@ -149,7 +149,7 @@ def test_moving_start_and_length(on: str) -> None:
     cos, sin = random("f32", (16, 8)), random("f32", (16, 8))
     x = b.input("f32", (1, s, 2, 8))
     b.input("i64", (1,))
-    args = {
+    args: dict[str, Any] = {
         "input": x,
         "cos": b.stored("constant", "f32", cos, "cos"),
         "sin": b.stored("constant", "f32", sin, "sin"),
@@ -185,7 +185,7 @@ def test_more_workgroups_than_a_dimension_holds() -> None:
     positions = x.shape[1]
     rows = np.repeat(table, positions, axis=0)
     b = GraphBuilder()
-    args = {
+    args: dict[str, Any] = {
         "input": b.input("f32", x.shape),
         "cos": b.input("f32", rows.shape),
         "sin": b.input("f32", rows.shape),
@@ -240,7 +240,7 @@ def test_start_may_be_an_expression() -> None:
     b.input("i64", (2,))
     start = make_dim("sub", Sym("scalar", (1, 1)), Sym("scalar", (1, 0)))
     table = random("f32", (4, 2))
-    args = {
+    args: dict[str, Any] = {
         "input": x,
         "cos": b.stored("constant", "f32", table, "c"),
         "sin": b.stored("constant", "f32", table, "s"),
