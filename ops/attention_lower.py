@@ -171,7 +171,7 @@ def _require(ctx: Lowering, args: Mapping[str, Arg], problem: Problem, k: tuple[
     name = ctx.node.name if ctx.node is not None else "attention"
     if args["kv_limit"] != "all" and args.get("check_range", True):
         high = problem.capacity - problem.rows
-        what = f"{name}: start_pos, for {problem.rows} new tokens in a KV cache of {problem.capacity} rows,"
+        what = f"{name}: start_pos, with {problem.rows} new tokens and a KV cache of {problem.capacity} rows"
         ctx.require(start, 0, high, what)
     elif isinstance(start, Sym):
         ctx.require(start, 0, 2**31 - 1 - problem.rows, f"{name}: start_pos")

@@ -22,7 +22,7 @@ MAX_RANK = 6
 NAIVE_K = 16
 """Up to this K the kernels gain nothing from sharing operands."""
 GEMV_M = 16
-"""Up to so many rows (two blocks of eight) the matrix-vector kernels win over tiles of 32 or 64 rows."""
+"""Up to so many rows: two blocks of eight waste less than a tile of 32 (by count of work; not timed on a GPU yet)."""
 GPU_INVOCATIONS = 1 << 17
 """Invocations that keep a large GPU busy (132 multiprocessors of 1,024 threads); work is cut finer to have as many."""
 GPU_WORKGROUPS = 256
@@ -202,6 +202,8 @@ def simplify(p: Product) -> Product:
     if p.batch > 1 and shared and p.sizes[:3] == (1, 1, 1) and p.a_strides[3] == p.m * p.k:
         none = (0, 0, 0, 0)
         p = replace(p, m=p.batch * p.m, sizes=(1, 1, 1, 1), a_strides=none, b_strides=none, bias_strides=none)
+    if p.n == 1:
+        p = replace(p, b_nk=True)  # one column is one row of [N, K]
     if p.n == 1 and p.m > 1:  # A's rows are then the columns of a transposed product; B and the result are vectors
         p = replace(
             p,

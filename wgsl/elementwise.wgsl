@@ -11,9 +11,8 @@
 // params (its bits), 4 a live scalar. Only mode 2 does index arithmetic: RANK dimensions, already merged by the host.
 //
 // One workgroup: WG consecutive elements, one per invocation. Memory traffic: each operand read once (coalesced in modes 0 and mostly 2),
-// the result written once: bandwidth bound, so the functions below buy accuracy with arithmetic that is free here. The built-in exp, log,
-// sin, tanh, ... are not used: WGSL allows them errors of 1e-4 and leaves overflow and large angles open. All series were fitted for f32.
-// Tried: nothing else yet (four elements per invocation is the next candidate).
+// the result written once. The built-in exp, log, sin, tanh, ... are not used: WGSL allows sin an absolute error of 2^-11 on [-pi, pi] and
+// leaves larger angles and overflow open. The series are fits for f32. Tried: nothing else yet (next: four elements per invocation).
 
 @group(0) @binding(0) var<storage, read> a: array<A>;
 @group(0) @binding(1) var<storage, read> b: array<B>;
@@ -188,7 +187,7 @@ fn mul_wide(m: u32, n: u32) -> vec2<u32> {
     return vec2<u32>((m >> 16u) * (n >> 16u) + (cross >> 16u) + (other >> 16u), (other << 16u) | (low & 0xffffu));
 }
 
-// For |x| >= 2^15: the significand times the bits of 2/pi that matter for this exponent, modulo 4 quarter turns, in 96 bits.
+// For |x| >= 2^15: the significand times those 96 bits of 2/pi that matter for this exponent, modulo 4 quarter turns.
 fn reduce_large(x: f32) -> vec2<f32> {
     var table = array<u32, 8>(0u, 0xa2f9836eu, 0x4e441529u, 0xfc2757d1u, 0xf534ddc0u, 0xdb629599u, 0x3c439041u, 0xfe600000u);
     let bits = bitcast<u32>(x) & 0x7fffffffu;
@@ -492,11 +491,7 @@ fn load_c(i: u32, at: u32) -> T {
 }
 
 @compute @workgroup_size(WG)
-fn main(
-    @builtin(workgroup_id) wid: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
-) {
+fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let i = (wid.y * groups.x + wid.x) * WG + lane;
     if (i >= params.count) { return; }
     let at = offsets(i);

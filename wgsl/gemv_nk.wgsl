@@ -7,8 +7,8 @@
 //
 // VEC: K is a multiple of four, and A and W are read as vec4. Otherwise element by element with guards.
 // Rows and columns past the end are computed on clamped addresses and not stored.
-// Tried: one column per invocation group (COLS = 1) always: a quarter of the loads in flight; still used where N is so small
-// that four columns each would leave most of a GPU idle.
+// COLS = 1 is for an N so small that four columns each would leave most of a GPU idle. Choices are by count of loads and
+// invocations; no variant has been timed on a GPU yet.
 @group(0) @binding(0) var<storage, read> a: array<A>;
 @group(0) @binding(1) var<storage, read> a4: array<A4>;
 @group(0) @binding(2) var<storage, read> b: array<B>;

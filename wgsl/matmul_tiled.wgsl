@@ -155,7 +155,7 @@ fn main(
             next_c = load_a(a_base, row0 + (T + high) * 4u, k0 + T + low);
         }
         next_b = load_b(b_base, col0 + b_quad * 4u, k0 + T + b_k);
-        for (var k = 0u; k < T; k += 4u) {  // unrolled by hand: the loop bounds that wgpu injects keep drivers from it
+        for (var k = 0u; k < T; k += 4u) {  // unrolled by hand: wgpu adds a loop bound, which may keep a driver from it
             let at_a = k * a_step + high;
             let at_b = k * b_step + low;
             let a0 = tile_a[at_a];

@@ -175,7 +175,7 @@ _TEMPLATES: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
             "{p} had {a_animal} named {pet}.",
             "{p} kept {a_animal}, and its name was {pet}.",
             "{p} took good care of {his} {animal} {pet}.",
-            "{A_animal} called {pet} followed {p} everywhere.",
+            "{p} went everywhere with {his} {animal} {pet}.",
             "The {animal} of {p} was called {pet}.",
         ),
         (
@@ -191,7 +191,7 @@ _TEMPLATES: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
             "{p} owned a beautiful {colour} {thing}.",
             "{p} had bought {a_colour} {thing} at the fair.",
             "{p} was proud of {his} {colour} {thing}.",
-            "{A_colour} {thing} belonged to {p}.",
+            "{p} always carried {a_colour} {thing}.",
             "The {thing} of {p} was {colour}.",
         ),
         (
@@ -206,7 +206,7 @@ _TEMPLATES: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
             "{p} left the {thing} in the {place}.",
             "{p} forgot the {thing} in the {place}.",
             "{p} hid the {thing} in the {place}, where it was dry.",
-            "The {thing} was left in the {place} by {p}.",
+            "{p} put the {thing} in the {place} and went on.",
         ),
         (
             ("Where was the {thing}?", "{place}"),
@@ -246,7 +246,7 @@ _TEMPLATES: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
             "{p} played the {music}.",
             "{p} played the {music} very well.",
             "{p} was learning to play the {music}.",
-            "The {music} was the great joy of {p}.",
+            "{p} had played the {music} since childhood.",
         ),
         (
             ("Which instrument did {p} play?", "{music}"),
@@ -274,8 +274,8 @@ def _lead(lead: str, sentence: str, proper: set[str]) -> str:
     return lead + (sentence if first in proper else sentence[0].lower() + sentence[1:])
 
 
-def _draw_facts(rng: random.Random, people: list[str]) -> list[_Fact]:
-    """Draws every possible fact for the given people; values of one kind are distinct within a story."""
+def _draw_facts(rng: random.Random, people: list[str], kinds: list[str]) -> list[_Fact]:
+    """Draws a fact of each kind for each person; values of one kind are distinct within a story."""
     n = len(people)
     drawn: dict[str, list[str]] = {
         name: rng.sample(values, n)
@@ -290,15 +290,16 @@ def _draw_facts(rng: random.Random, people: list[str]) -> list[_Fact]:
     for i, person in enumerate(people):
         slots = {name: values[i] for name, values in drawn.items()}
         slots |= {"p": person, "q": receivers[i], "his": "her" if person in _WOMEN else "his"}
-        for name in ("job", "animal", "colour", "gift"):
-            slots[f"a_{name}"] = _a(slots[name])
-            slots[f"A_{name}"] = _a(slots[name]).capitalize()
-        facts += [_Fact(sentences, questions, slots) for sentences, questions in _TEMPLATES.values()]
+        slots |= {f"a_{name}": _a(slots[name]) for name in ("job", "animal", "colour", "gift")}
+        facts += [_Fact(*_TEMPLATES[kind], slots) for kind in kinds]
     return facts
 
 
 def make_story(seed: int, min_words: int = 75, max_words: int = 270) -> Story:
     """Makes the story of a seed.
+
+    Each story uses a few kinds of facts and tells them for all its people, so that the kind of a question alone says
+    little about its answer.
 
     Args:
         seed: Any non-negative integer; see `TRAIN_SEED_START` and `EVAL_SEED_START`.
@@ -310,7 +311,7 @@ def make_story(seed: int, min_words: int = 75, max_words: int = 270) -> Story:
     """
     rng = random.Random(seed)
     target = rng.randint(min_words, max_words)
-    n_people = rng.randint(3, 4 if target < 120 else 6)
+    n_people = rng.randint(2, 3) if target < 60 else rng.randint(3, 4 if target < 120 else 6)
     people = rng.sample(_WOMEN + _MEN, n_people)
     proper = set(people)
 
@@ -321,17 +322,18 @@ def make_story(seed: int, min_words: int = 75, max_words: int = 270) -> Story:
             his="her" if first in _WOMEN else "his", n=_NUMBER_WORDS[n_people], people=_join(people),
         )  # fmt: skip
 
-    facts = _draw_facts(rng, people)
+    filler_rate = rng.uniform(0.1, 0.5)
+    n_kinds = round(target * (1 - filler_rate) / (8 * n_people))
+    facts = _draw_facts(rng, people, rng.sample(list(_TEMPLATES), min(max(n_kinds, 1), len(_TEMPLATES))))
     rng.shuffle(facts)
     opening, closing = fill(rng.choice(_OPENINGS)), fill(rng.choice(_CLOSINGS))
-    filler_rate = rng.uniform(0.15, 0.5)
     fillers = rng.sample(_FILLERS, len(_FILLERS))
 
     sentences = [opening]
     asked: list[list[tuple[str, str, str]]] = []  # per told fact: (question, answer, evidence)
     words = len(opening.split()) + len(closing.split())
-    while words < target and facts:
-        if fillers and rng.random() < filler_rate:
+    while facts or (fillers and words < target):
+        if fillers and (not facts or rng.random() < filler_rate):
             sentence = fill(fillers.pop())
             if rng.random() < 0.35:
                 sentence = _lead(fill(rng.choice(_FILLER_LEADS)), sentence, proper)

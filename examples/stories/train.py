@@ -62,11 +62,11 @@ def settings_for(tokenizer: Tokenizer, max_context: int) -> dict:
     return {"bos_id": bos, "eos_id": eos, "stop_ids": [eos, newline], "max_context": max_context}
 
 
-def _make_rows(job: tuple[str, int, int, int, int | None]) -> tuple[np.ndarray, np.ndarray]:
+def _make_rows(job: tuple[str, int, int, int, bool]) -> tuple[np.ndarray, np.ndarray]:
     """Tokenises a range of seeds; see `make_pool`."""
     from tokenizers import Tokenizer
 
-    tokenizer_json, first_seed, count, length, max_words = job
+    tokenizer_json, first_seed, count, length, short = job
     tokenizer = Tokenizer.from_str(tokenizer_json)
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     cache: dict[str, list[int]] = {}
@@ -81,8 +81,7 @@ def _make_rows(job: tuple[str, int, int, int, int | None]) -> tuple[np.ndarray, 
     tokens = np.full((count, length), eos, np.uint16)
     kind = np.zeros((count, length), np.uint8)
     for row in range(count):
-        sizes = {} if max_words is None else {"max_words": max_words}
-        story = data.make_story(first_seed + row, **sizes)
+        story = data.make_story(first_seed + row, 30, 100) if short else data.make_story(first_seed + row)
         document = data.training_document(story, encode, bos, eos, length)
         if document is not None:
             ids, is_answer = document
@@ -92,7 +91,7 @@ def _make_rows(job: tuple[str, int, int, int, int | None]) -> tuple[np.ndarray, 
 
 
 def make_pool(
-    tokenizer: Tokenizer, first_seed: int, count: int, length: int, workers: int, max_words: int | None = None
+    tokenizer: Tokenizer, first_seed: int, count: int, length: int, workers: int, short: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generates and tokenises documents in parallel.
 
@@ -102,14 +101,14 @@ def make_pool(
         count: Number of rows.
         length: Tokens per row.
         workers: Processes to use.
-        max_words: Shorter stories than the default, if given.
+        short: Make much shorter stories than by default, for the start of the training.
 
     Returns:
         ``(tokens, kind)``, uint16 and uint8, both [count, length]: ids padded with the end-of-text id, and 0 for
         padding, 1 for text, 2 for an answer's tokens.
     """
     text = tokenizer.to_str()
-    jobs = [(text, first_seed + i, min(_CHUNK, count - i), length, max_words) for i in range(0, count, _CHUNK)]
+    jobs = [(text, first_seed + i, min(_CHUNK, count - i), length, short) for i in range(0, count, _CHUNK)]
     results: Iterable[tuple[np.ndarray, np.ndarray]]
     if workers <= 1:
         parts = [_make_rows(job) for job in jobs]
@@ -179,8 +178,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--init", type=Path, help="folder of a checkpoint to start from instead of random weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--documents", type=int, default=400_000, help="training documents to generate")
-    parser.add_argument("--short-documents", type=int, default=0, help="extra documents with short stories")
-    parser.add_argument("--eval-documents", type=int, default=512)
+    parser.add_argument("--short-documents", type=int, default=100_000, help="extra documents with short stories")
+    parser.add_argument("--short-steps", type=int, default=1500, help="first steps, on short stories only")
+    parser.add_argument("--eval-documents", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="data processes")
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--max-seconds", type=float, default=1e9, help="wall-clock limit for the training loop")
@@ -209,7 +209,7 @@ def load_documents(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[np.n
     tokens, kind = make_pool(tokenizer, data.TRAIN_SEED_START, args.documents, args.context, args.workers)
     if args.short_documents:
         first = data.TRAIN_SEED_START + args.documents
-        short = make_pool(tokenizer, first, args.short_documents, args.context, args.workers, max_words=110)
+        short = make_pool(tokenizer, first, args.short_documents, args.context, args.workers, short=True)
         tokens, kind = np.concatenate((tokens, short[0])), np.concatenate((kind, short[1]))
     return tokens, kind
 
@@ -224,7 +224,7 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer, tokens: torch.Tensor, 
         kind: uint8, likewise.
 
     Returns:
-        Accuracy of the saved checkpoint on the held-out documents.
+        Accuracy of the saved checkpoint on the first question of each held-out document.
     """
     torch.manual_seed(args.seed)
     device = tokens.device
@@ -259,10 +259,13 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer, tokens: torch.Tensor, 
     order = torch.randperm(len(tokens), device=device)
     used = 0
     for step in range(1, args.steps + 1):
-        if used + args.batch > len(order):
-            order, used = torch.randperm(len(tokens), device=device), 0
-        index = order[used : used + args.batch]
-        used += args.batch
+        if step <= args.short_steps and args.short_documents:
+            index = torch.randint(args.documents, len(tokens), (args.batch,), device=device)
+        else:
+            if used + args.batch > len(order):
+                order, used = torch.randperm(len(tokens), device=device), 0
+            index = order[used : used + args.batch]
+            used += args.batch
 
         elapsed = time.time() - start
         progress = min(1.0, max(step / args.steps, elapsed / args.max_seconds))
@@ -291,10 +294,10 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer, tokens: torch.Tensor, 
                 f"{done:.2f} M tokens/s",
                 flush=True,
             )
-            if accuracy >= best:
-                best = accuracy
+            if first_accuracy >= best:
+                best = first_accuracy
                 save_checkpoint(args.out, model, tokenizer, args.context)
-            if cooling_from < 0 and accuracy >= args.target_accuracy:
+            if cooling_from < 0 and first_accuracy >= args.target_accuracy:
                 cooling_from, cooling_lr = step, lr
         if last:
             break

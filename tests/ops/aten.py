@@ -1,4 +1,4 @@
-"""Cases for operator tests: an ATen call, executed as a graph on a test device and compared with eager PyTorch in float64."""
+"""Cases for operator tests: an ATen call, run as a graph on a test device and compared with PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SHORT = {
 }  # fmt: skip
 DROPPED = ("layout", "device", "pin_memory", "memory_format", "non_blocking", "copy", "dim_order")
 RELATIVE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""Allowed error relative to float64, by the result's dtype: that of the f32 functions, or the rounding of the storage."""
+"""Allowed error relative to float64, by the result's dtype: of the f32 functions, or the rounding of the storage."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `op` is e.g. `aten.add.Tensor`; `reference` replaces eager PyTorch on float64 arguments where that is wrong.
+    """One call. `op` is e.g. `aten.add.Tensor`; `reference` replaces PyTorch on float64 arguments where that is wrong.
 
     `rtol` and `atol` override the tolerance of floating results; integers and booleans are compared exactly.
     """

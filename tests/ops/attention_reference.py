@@ -69,7 +69,7 @@ def _random(shape: tuple[int, ...], seed: int) -> Array:
 
 
 def arrays(case: Case, seed: int = 0) -> dict[str, Array]:
-    """query, key, value as [batch, heads, rows, d] (values that their dtypes hold), attn_mask and sink where there are."""
+    """query, key, value as [batch, heads, rows, d], with values that their dtypes hold; attn_mask and sink if any."""
     q = stored(_random((case.batch, case.heads, case.rows, case.d), seed), case.q_dtype)
     k = stored(_random((case.batch, case.kv_heads, case.capacity, case.d), seed + 1), case.kv_dtype)
     v = stored(_random((case.batch, case.kv_heads, case.capacity, case.value_d), seed + 2), case.kv_dtype)
@@ -144,7 +144,7 @@ def _upload(array: Array, dtype: str) -> tuple[str, Array]:
 class Attention:
     """A loaded graph with one `webgpu.attention`; q, k, v, mask, sink and the position are inputs.
 
-    `rows`: the number of query rows is dynamic when `dynamic`, so one delegate serves cases that differ in rows and position.
+    With `dynamic` the number of query rows is a symbol, so that one delegate serves cases that differ in it.
     """
 
     def __init__(self, case: Case, on: str, dynamic: bool = False) -> None:
@@ -161,8 +161,8 @@ class Attention:
         b.input("i64", (1,))
         args: dict[str, Arg] = {
             "query": q, "key": k, "value": v, "q_layout": case.q_layout, "kv_layout": case.kv_layout,
-            "out_layout": case.out_layout, "attn_mask": None, "start_pos": Sym("scalar", (3, 0)), "kv_limit": case.kv_limit,
-            "scale": case.scale, "softcap": case.softcap, "window": case.window, "sink": None, "route": case.route,
+            "out_layout": case.out_layout, "attn_mask": None, "start_pos": Sym("scalar", (3, 0)),
+            "kv_limit": case.kv_limit, "scale": case.scale, "softcap": case.softcap, "window": case.window, "sink": None, "route": case.route,
         }  # fmt: skip
         if case.mask is not None:
             args["attn_mask"] = b.input(case.mask, case.mask_shape or (s, case.capacity))
@@ -207,7 +207,7 @@ def attention(case: Case, on: str, tensors: dict[str, Array] | None = None) -> A
 
 
 def assert_close(actual: Array, expected: Array, absolute: float = 1e-4, relative: float = 1e-3) -> None:
-    """|difference| at most `absolute`, or `relative` of the expected value; NaN and infinities must be in the same places."""
+    """|difference| at most `absolute`, or `relative` of the expected value; NaN and infinities where expected."""
     assert actual.shape == expected.shape
     np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
     finite = np.isfinite(expected)

@@ -100,9 +100,20 @@ def test_masks_of_the_lowest_float(route: str, on: str) -> None:
 @pytest.mark.parametrize("mask", ["f32", "bool", "f16", "bf16"])
 def test_mask_shapes(mask: str, route: str, on: str) -> None:
     """Every way to broadcast to [2, 4, 5, 45]; a mask may have more columns than there are keys (C14)."""
-    shapes = [(5, 45), (1, 45), (5, 1), (1, 1), (1, 5, 45), (4, 5, 45), (2, 1, 5, 45), (2, 4, 5, 45), (1, 4, 1, 45), (5, 52)]
+    shapes = [
+        (5, 45),
+        (1, 45),
+        (5, 1),
+        (1, 1),
+        (1, 5, 45),
+        (4, 5, 45),
+        (2, 1, 5, 45),
+        (2, 4, 5, 45),
+        (1, 4, 1, 45),
+        (5, 52),
+    ]
     for shape in shapes if mask in ("f32", "bool") else shapes[-3:]:
-        check(Case(4, 2, 8, 5, 45, 33, batch=2, kv_limit="all", mask=mask, mask_shape=shape, route=route), on)
+        check(Case(4, 2, 16, 5, 45, 33, batch=2, kv_limit="all", mask=mask, mask_shape=shape, route=route), on)
 
 
 @pytest.mark.parametrize("on", DEVICES)
@@ -114,10 +125,10 @@ def test_causal_with_mask(mask: str, rows: int, on: str) -> None:
 
 @pytest.mark.parametrize("on", DEVICES)
 def test_dynamic_masks_grow_after_shrinking(on: str) -> None:
-    loaded = Attention(Case(4, 2, 8, 40, 64, mask="f32", kv_limit="all"), on, dynamic=True)
+    loaded = Attention(Case(4, 2, 16, 40, 64, mask="f32", kv_limit="all"), on, dynamic=True)
     try:
         for rows in (9, 1, 40, 3):
-            case = Case(4, 2, 8, rows, 64, mask="f32", kv_limit="all")
+            case = Case(4, 2, 16, rows, 64, mask="f32", kv_limit="all")
             tensors = arrays(case, rows)
             assert_close(loaded(tensors, 0), reference(case, tensors))
     finally:

@@ -84,7 +84,8 @@ def test_binary_integers(on: str) -> None:
             Case(overload(name), (integers(40, low=0, dtype=t), integers(40, low=0, high=7, dtype=t, seed=3)))
             for t in INTS
         ]
-    cases += [Case(overload(name), (integers(9, low=0, high=2, dtype=torch.bool), integers(9, low=0, high=2, dtype=torch.bool, seed=1)))
+    truths = [integers(9, low=0, high=2, dtype=torch.bool, seed=s) for s in (0, 1)]
+    cases += [Case(overload(name), tuple(truths))
               for name in (*BITWISE, "mul", "add", "minimum", "maximum")]  # fmt: skip
     cases += [Case("aten.div.Tensor", (integers(9), integers(9, low=1, seed=2)))]
     cases += [Case("aten.div.Tensor_mode", (integers(40), integers(40, low=1, high=4, seed=2)), {"rounding_mode": mode})
@@ -123,7 +124,8 @@ def test_scalar_operands(on: str) -> None:
         if not (n in ("fmod", "remainder", "floor_divide") and x is h)
     ]
     cases += [Case(f"aten.{n}.{o}", (x, y), {"alpha": a}) for n in ("add", "sub", "rsub") for o, x, y, a in (
-        ("Tensor", f, randn(7), 2.5), ("Tensor", i, integers(7), -3), ("Scalar", f, 1.25, 2), ("Scalar", i, 2, 3))]  # fmt: skip
+        ("Tensor", f, randn(7), 2.5), ("Tensor", i, integers(7), -3),
+        ("Scalar", f, 1.25, 2), ("Scalar", i, 2, 3))]  # fmt: skip
     cases += [Case(f"aten.{n}.Scalar", (i, 6)) for n in BITWISE]
     cases += [Case(f"aten.{n}.Scalar_Tensor", (13, integers(8, low=0))) for n in BITWISE]
     cases += [Case("aten.remainder.Scalar_Tensor", (7, integers(8, low=1)))]

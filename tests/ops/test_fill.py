@@ -31,7 +31,8 @@ def test_constants(on: str) -> None:
     cases += [Case(f"aten.{n}_like.default", (v,)) for n in ("zeros", "ones") for v in (x, i, i > 0)]
     cases += [Case(f"aten.new_{n}.default", (v, [3, 2])) for n in ("zeros", "ones") for v in (x, i)]
     cases += [Case("aten.scalar_tensor.default", (v,), {"dtype": t}) for v, t in (
-        (0.0, torch.float32), (0, torch.float32), (-math.inf, torch.float32), (-3, torch.int64), (2.5, torch.float16))]  # fmt: skip
+        (0.0, torch.float32), (0, torch.float32), (-math.inf, torch.float32),
+        (-3, torch.int64), (2.5, torch.float16))]  # fmt: skip
     check(cases, device(on))
 
 
@@ -81,7 +82,8 @@ def test_live_starts_and_dynamic_sizes(on: str) -> None:
         for count, at in ((4, 3), (4, 0), (1, -1), (9, 2), (4, -2), (70, 100)):
             data = randn(count, count).numpy()
             got = [array for _, array in delegate.execute([("f32", data), ("i64", np.array([at]))])]
-            assert got[0] == at and got[1] == at
+            assert got[0] == at
+            assert got[1] == at
             np.testing.assert_array_equal(got[2], np.arange(at, at + count))
             np.testing.assert_array_equal(got[3], np.full(count, at != 0))
             np.testing.assert_array_equal(got[4], np.tril(data, at))

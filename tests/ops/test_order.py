@@ -32,8 +32,10 @@ def topk(builder: GraphBuilder, x: torch.Tensor, k: int, dim: int, largest: bool
 
 
 CASES = [
-    (randn(5, 8), 2, -1), (randn(3, 64).round(), 6, 1), (randn(4, 5, 6), 3, 1), (randn(2, 3000), 5, 1), (randn(1, 3000).round(), 70, 1),
-    (randn(3000, 3), 4, 0), (torch.tensor([math.nan, 1.0, math.inf, math.nan, -math.inf, 1.0]), 6, 0), (randn(3, 4), 0, 1), (randn(0, 4), 2, 1),
+    (randn(5, 8), 2, -1), (randn(3, 64).round(), 6, 1), (randn(4, 5, 6), 3, 1), (randn(2, 3000), 5, 1),
+    (randn(1, 3000).round(), 70, 1),
+    (randn(3000, 3), 4, 0), (torch.tensor([math.nan, 1.0, math.inf, math.nan, -math.inf, 1.0]), 6, 0),
+    (randn(3, 4), 0, 1), (randn(0, 4), 2, 1),
     (torch.full((2, 1200), -math.inf), 3, 1), (torch.tensor(2.0), 1, 0),
 ]  # fmt: skip
 

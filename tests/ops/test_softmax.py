@@ -15,8 +15,8 @@ from tests.ops.aten import Case, check, integers, randn, refusal
 both_devices = pytest.mark.parametrize("on", DEVICES)
 NAMES = ("aten._softmax.default", "aten._log_softmax.default", "aten._safe_softmax.default")
 SHAPES = [
-    ((1, 4, 3, 128), -1), ((5, 7), 1), ((1, 5000), 1), ((300, 3), -1), ((3, 70, 5), 1), ((40, 65), 0), ((2, 3, 4, 5), 2),
-    ((1,), 0), ((), 0), ((3, 0), 1), ((0, 3), 1), ((2, 1000, 33), 1), ((6, 1), 1),
+    ((1, 4, 3, 128), -1), ((5, 7), 1), ((1, 5000), 1), ((300, 3), -1), ((3, 70, 5), 1), ((40, 65), 0),
+    ((2, 3, 4, 5), 2), ((1,), 0), ((), 0), ((3, 0), 1), ((0, 3), 1), ((2, 1000, 33), 1), ((6, 1), 1),
 ]  # fmt: skip
 
 

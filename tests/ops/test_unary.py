@@ -42,21 +42,6 @@ UNIT = ("asin", "acos", "atanh")
 INTEGER_ONLY = ("bitwise_not",)
 INTEGERS_TOO = ("neg", "abs", "relu", "sign", "floor", "ceil", "round", "trunc", "square", "logical_not")
 INTEGERS_TOO += ("isnan", "isinf", "exp", "sigmoid")
-    "neg",
-    "abs",
-    "relu",
-    "sign",
-    "floor",
-    "ceil",
-    "round",
-    "trunc",
-    "square",
-    "logical_not",
-    "isnan",
-    "isinf",
-    "exp",
-    "sigmoid",
-)
 ABSOLUTE = {"sin": 1.5e-7, "cos": 1.5e-7, "tan": 1e-6, "mish": 1e-37}
 """Near a zero crossing away from the origin only the absolute error is small."""
 
