@@ -19,6 +19,7 @@ from functools import cache
 from typing import Protocol
 
 from ..backend.graph import FLOATS, Arg, Dim, Graph, Node, Ref, Sym, Value, evaluate, free_symbols, refs
+from .bounds import integer_bounds
 
 Grid = tuple[int, int, int]
 Int = int
@@ -192,10 +193,19 @@ class Lowering:
         self.checks.append(Check(dim, low, high, what))
 
     def require_elements(self, arg: Arg, low: Int, high: Int, what: str) -> None:
-        """Check every element of an integer tensor on the host before every step, if it is an input (or a view of one)."""
+        """Check every element of an integer tensor on the host before every step.
+
+        Seen are inputs, views of inputs, and what `bounds.integer_bounds` follows (positions counted up from a live scalar);
+        elements computed otherwise are the kernel's to guard.
+        """
         root = self.graph.root(self.id(arg))
         if self.graph.values[root].kind == "input":
             self.element_checks.append(ElementCheck(root, low, high, what))
+            return
+        bounds = integer_bounds(self.graph, arg)
+        if bounds is not None:
+            self.require(bounds[0], low, high, what)
+            self.require(bounds[1], low, high, what)
 
     def grid_1d(self, items: Int, workgroup: Int) -> Grid:
         """A grid of ceil(items / workgroup) workgroups, folded into x and y where x alone would pass the device's limit.

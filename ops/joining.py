@@ -21,7 +21,6 @@ from .layout import integer, number, part, ref
 from .strides import MAX_RANK, axis_of, broadcast_strides, contiguous
 from .views import argument, result, without_ones
 
-
 FLOAT_MAX = 3.4028234663852886e38
 
 

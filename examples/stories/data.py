@@ -323,7 +323,7 @@ def make_story(seed: int, min_words: int = 75, max_words: int = 270) -> Story:
         )  # fmt: skip
 
     filler_rate = rng.uniform(0.1, 0.5)
-    n_kinds = round(target * (1 - filler_rate) / (8 * n_people))
+    n_kinds = int(target * (1 - filler_rate) / (8 * n_people))
     facts = _draw_facts(rng, people, rng.sample(list(_TEMPLATES), min(max(n_kinds, 1), len(_TEMPLATES))))
     rng.shuffle(facts)
     opening, closing = fill(rng.choice(_OPENINGS)), fill(rng.choice(_CLOSINGS))
@@ -332,7 +332,7 @@ def make_story(seed: int, min_words: int = 75, max_words: int = 270) -> Story:
     sentences = [opening]
     asked: list[list[tuple[str, str, str]]] = []  # per told fact: (question, answer, evidence)
     words = len(opening.split()) + len(closing.split())
-    while facts or (fillers and words < target):
+    while (facts and words < target + 20) or (fillers and words < target):
         if fillers and (not facts or rng.random() < filler_rate):
             sentence = fill(fillers.pop())
             if rng.random() < 0.35:

@@ -186,7 +186,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-seconds", type=float, default=1e9, help="wall-clock limit for the training loop")
     parser.add_argument("--batch", type=int, default=128, help="documents per step")
     parser.add_argument("--context", type=int, default=640, help="tokens per document at most")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--answer-weight", type=float, default=5.0, help="loss weight of answer tokens")

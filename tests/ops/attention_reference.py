@@ -120,7 +120,7 @@ def reference(case: Case, tensors: dict[str, Array], pos: int | None = None) -> 
                 x = tensors["query"][b, h].astype(np.float64) @ k.T * scale
                 if case.softcap:
                     x = case.softcap * np.tanh(x / case.softcap)
-                hidden = ~seen
+                hidden: Array = ~seen
                 if mask is not None and mask.dtype == np.bool_:
                     hidden = hidden | ~mask[b, h]
                 elif mask is not None:
@@ -128,11 +128,11 @@ def reference(case: Case, tensors: dict[str, Array], pos: int | None = None) -> 
                     hidden = hidden | (mask[b, h] == -np.inf)
                 x = np.where(hidden, -np.inf, x)
                 logit = float(tensors["sink"][h]) if "sink" in tensors else -np.inf
-                top = np.maximum(x.max(-1, initial=-np.inf), logit)[:, None]
+                top: Array = np.maximum(x.max(-1, initial=-np.inf, keepdims=True), logit)
                 p = np.where(hidden, 0.0, np.exp(x - np.where(top == -np.inf, 0.0, top)))
                 total = p.sum(-1) + np.exp(logit - np.where(top == -np.inf, 0.0, top))[:, 0]
                 total = np.where(total == 0, 1.0, total)
-                unread = hidden.all(0)
+                unread: Array = np.all(hidden, axis=0)
                 out[b, h] = p @ np.where(unread[:, None], 0.0, v) / total[:, None]
     return out
 
@@ -162,7 +162,8 @@ class Attention:
         args: dict[str, Arg] = {
             "query": q, "key": k, "value": v, "q_layout": case.q_layout, "kv_layout": case.kv_layout,
             "out_layout": case.out_layout, "attn_mask": None, "start_pos": Sym("scalar", (3, 0)),
-            "kv_limit": case.kv_limit, "scale": case.scale, "softcap": case.softcap, "window": case.window, "sink": None, "route": case.route,
+            "kv_limit": case.kv_limit, "scale": case.scale,
+            "softcap": case.softcap, "window": case.window, "sink": None, "route": case.route,
         }  # fmt: skip
         if case.mask is not None:
             args["attn_mask"] = b.input(case.mask, case.mask_shape or (s, case.capacity))

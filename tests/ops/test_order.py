@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,12 +23,18 @@ def ordered(x: torch.Tensor, dim: int, descending: bool) -> torch.Tensor:
     return torch.sort(x, dim=dim, descending=descending, stable=True)[1]
 
 
-def topk(builder: GraphBuilder, x: torch.Tensor, k: int, dim: int, largest: bool, short: str) -> tuple[object, object]:
+def topk(builder: GraphBuilder, x: torch.Tensor, k: int, dim: int, largest: bool, short: str) -> tuple[Any, Any]:
     shape = list(x.shape)
     if shape:
         shape[dim] = k
-    args = {"self": builder.input(short, x.shape), "k": k, "dim": dim, "largest": largest, "sorted": True}
-    result: tuple[object, object] = builder.node("aten.topk.default", args, (short, shape), ("i64", shape))
+    args: dict[str, Any] = {
+        "self": builder.input(short, x.shape),
+        "k": k,
+        "dim": dim,
+        "largest": largest,
+        "sorted": True,
+    }
+    result: tuple[Any, Any] = builder.node("aten.topk.default", args, (short, shape), ("i64", shape))
     return result
 
 
@@ -43,7 +50,8 @@ CASES = [
 @both_devices
 @pytest.mark.parametrize("largest", [True, False])
 def test_topk(largest: bool, on: str) -> None:
-    builder, outputs = GraphBuilder(), []
+    builder = GraphBuilder()
+    outputs: list[Any] = []
     for x, k, dim in CASES:
         outputs += topk(builder, x, k, dim, largest, "f32")
     ints = torch.tensor([[3, 1, 3, 2], [-5, 0, 7, 7]])
@@ -67,10 +75,16 @@ def test_sort(on: str) -> None:
         (randn(2, 1500).round(), -1),
         (torch.tensor([2.0, math.nan, -1.0, math.nan]), 0),
     ]
-    builder, outputs = GraphBuilder(), []
+    builder = GraphBuilder()
+    outputs: list[Any] = []
     for x, dim in tensors:
         for descending in (False, True):
-            args = {"self": builder.input("f32", x.shape), "stable": True, "dim": dim, "descending": descending}
+            args: dict[str, Any] = {
+                "self": builder.input("f32", x.shape),
+                "stable": True,
+                "dim": dim,
+                "descending": descending,
+            }
             outputs += builder.node("aten.sort.stable", args, ("f32", x.shape), ("i64", x.shape))
     got = run(builder, builder.graph(*outputs), device(on), *(x for x, _ in tensors for _ in range(2)))
     number = 0
@@ -121,7 +135,7 @@ def test_k_beyond_a_dynamic_size_is_refused_before_the_step(on: str) -> None:
     builder = GraphBuilder()
     size = Sym("input_dim", (0, 0))
     x = builder.input("f32", (size,))
-    args = {"self": x, "k": 3, "dim": 0, "largest": True, "sorted": True}
+    args: dict[str, Any] = {"self": x, "k": 3, "dim": 0, "largest": True, "sorted": True}
     refs = builder.node("aten.topk.default", args, ("f32", (3,)), ("i64", (3,)))
     delegate = builder.load(builder.graph(*refs), device(on))
     try:

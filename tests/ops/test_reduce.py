@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_more_workgroups_than_one_dimension_holds(on: str) -> None:
     assert lanes(1, 1) == (1, 1)
     count = 65535 * 256 + 300
     builder = GraphBuilder()
-    args = {"end": count, "dtype": "i32"}
+    args: dict[str, Any] = {"end": count, "dtype": "i32"}
     column = builder.node("aten.arange.default", args, ("i32", (count, 1)))
     top = builder.node("aten.amax.default", {"self": column, "dim": (1,), "keepdim": False}, ("i32", (count,)))
     places = ("aten.max.dim", {"self": column, "dim": 1, "keepdim": False})

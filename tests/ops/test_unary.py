@@ -40,7 +40,18 @@ SEVERAL_TENSORS = ("addcmul", "addcdiv")
 POSITIVE = ("log", "log2", "log10", "sqrt", "rsqrt", "acosh")
 UNIT = ("asin", "acos", "atanh")
 INTEGER_ONLY = ("bitwise_not",)
-INTEGERS_TOO = ("neg", "abs", "relu", "sign", "floor", "ceil", "round", "trunc", "square", "logical_not")
+INTEGERS_TOO: tuple[str, ...] = (
+    "neg",
+    "abs",
+    "relu",
+    "sign",
+    "floor",
+    "ceil",
+    "round",
+    "trunc",
+    "square",
+    "logical_not",
+)
 INTEGERS_TOO += ("isnan", "isinf", "exp", "sigmoid")
 ABSOLUTE = {"sin": 1.5e-7, "cos": 1.5e-7, "tan": 1e-6, "mish": 1e-37}
 """Near a zero crossing away from the origin only the absolute error is small."""

@@ -1,0 +1,157 @@
+"""Tiny decoders with ExecuTorch's cache and attention operators, lowered to `.pte` once per process.
+
+`build("llama")` has Llama's calling convention of ExecuTorch (tokens, position of the first), `build("static")` the same for
+one token a call, `build("hugging_face")` that of Hugging Face exports (tokens, position of each).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from tests.models.reference import PreciseOps
+
+VOCAB, DIM, HEADS, KV_HEADS, HEAD = 260, 32, 2, 1, 16
+CAPACITY, LONGEST = 24, 8
+STOP = 257
+"""Rows of the caches; most tokens a call; the token that the programs name as their end."""
+
+
+class Decoder(torch.nn.Module):
+    """One attention layer with position embeddings; weights are random and the same for every convention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+
+        def weight(*shape: int, scale: float = 1.0) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.randn(*shape, generator=generator) * scale)
+
+        self.embedding = weight(VOCAB, DIM)
+        self.positions = weight(CAPACITY, DIM)
+        self.q = weight(HEADS * HEAD, DIM, scale=DIM**-0.5)
+        self.k = weight(KV_HEADS * HEAD, DIM, scale=DIM**-0.5)
+        self.v = weight(KV_HEADS * HEAD, DIM, scale=DIM**-0.5)
+        self.out = weight(VOCAB, HEADS * HEAD, scale=2 * DIM**-0.5)
+        self.register_buffer("k_cache", torch.zeros(1, CAPACITY, KV_HEADS, HEAD))
+        self.register_buffer("v_cache", torch.zeros(1, CAPACITY, KV_HEADS, HEAD))
+
+    def step(self, tokens: torch.Tensor, positions: torch.Tensor, start: int) -> torch.Tensor:
+        """tokens i64[1, S], their position embeddings f32[S, DIM] -> logits f32[1, S, VOCAB]."""
+        length = tokens.shape[1]
+        x = torch.nn.functional.embedding(tokens, self.embedding) + positions
+        q = torch.nn.functional.linear(x, self.q).view(1, length, HEADS, HEAD)
+        k = torch.nn.functional.linear(x, self.k).view(1, length, KV_HEADS, HEAD)
+        v = torch.nn.functional.linear(x, self.v).view(1, length, KV_HEADS, HEAD)
+        torch.ops.llama.update_cache(k, self.k_cache, start)
+        torch.ops.llama.update_cache(v, self.v_cache, start)
+        y = torch.ops.llama.custom_sdpa(q, self.k_cache, self.v_cache, start, None, 0.0, True)
+        return torch.nn.functional.linear(x + y.reshape(1, length, HEADS * HEAD), self.out)
+
+
+def _start(position: torch.Tensor, length: int) -> int:
+    start = position[0].item()
+    torch._check(start >= 0)
+    torch._check(start < CAPACITY)
+    torch._check(start + length <= CAPACITY)
+    return start
+
+
+class Llama(Decoder):
+    """Returns the last token's logits f32[1, VOCAB]."""
+
+    def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+        start = _start(input_pos, tokens.shape[1])
+        return self.step(tokens, self.positions.narrow(0, start, tokens.shape[1]), start)[:, -1]
+
+
+class Static(Decoder):
+    def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+        return self.step(tokens, self.positions[input_pos], _start(input_pos, 1))
+
+
+class HuggingFace(Decoder):
+    """Returns every token's logits f32[1, S, VOCAB]."""
+
+    def forward(self, input_ids: torch.Tensor, cache_position: torch.Tensor) -> torch.Tensor:
+        positions = torch.nn.functional.embedding(cache_position, self.positions)
+        return self.step(input_ids, positions, _start(cache_position, input_ids.shape[1]))
+
+
+_CLASSES = {"llama": Llama, "static": Static, "hugging_face": HuggingFace}
+CONSTANTS = {
+    "llama": {"get_max_context_len": CAPACITY, "get_max_seq_len": CAPACITY, "get_eos_ids": [STOP, STOP + 1]},
+    "static": {},
+    "hugging_face": {"get_max_seq_len": CAPACITY, "get_eos_id": STOP},
+}
+"""Constant methods by convention; the static program has none, so that its capacity must be found otherwise."""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A lowered program and its weights in PyTorch."""
+
+    pte: bytes
+    data: bytes
+    """The `.ptd` with the weights; empty if they are in the `.pte`."""
+
+
+@cache
+def build(convention: str, external: bool = False) -> Tiny:
+    """Export and lower; the whole method becomes one delegate."""
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+
+    from executorch_webgpu.partitioner import WebGPUPartitioner
+
+    module = _CLASSES[convention]().eval()
+    seq = torch.export.Dim("seq", min=1, max=LONGEST)
+    length = 1 if convention == "static" else 3
+    tokens = torch.arange(length)[None]
+    shapes: tuple[object, object] | None = ({1: seq}, None)
+    example = (tokens, torch.tensor([2]))
+    if convention == "static":
+        shapes = None
+    elif convention == "hugging_face":
+        shapes = ({1: seq}, {0: seq})
+        example = (tokens, torch.arange(length))
+    with torch.no_grad():
+        exported = torch.export.export(module, example, dynamic_shapes=shapes, strict=True)
+    edge = to_edge_transform_and_lower(
+        exported,
+        partitioner=[WebGPUPartitioner(external_weights="weights" if external else None)],
+        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        constant_methods=CONSTANTS[convention],
+    )
+    program = edge.to_executorch()
+    data = b""
+    if external:
+        import tempfile
+        from pathlib import Path
+
+        with tempfile.TemporaryDirectory() as folder:
+            program.write_tensor_data_to_file(folder)
+            data = Path(folder, "weights.ptd").read_bytes()
+    return Tiny(bytes(program.buffer), data)
+
+
+def greedy(prompt: Sequence[int], count: int) -> list[int]:
+    """The `count` most likely next tokens, one by one, computed by PyTorch on the whole sequence each time."""
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+
+    module, tokens = Llama().eval(), list(prompt)
+    with torch.no_grad(), PreciseOps():
+        for _ in range(count):
+            x = torch.tensor([tokens])
+            tokens.append(int(module.step(x, module.positions[: len(tokens)], 0)[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def last_logits(tokens: Sequence[int]) -> torch.Tensor:
+    """PyTorch's logits f32[VOCAB] after `tokens`."""
+    module = Llama().eval()
+    with torch.no_grad(), PreciseOps():
+        return module.step(torch.tensor([list(tokens)]), module.positions[: len(tokens)], 0)[0, -1]
