@@ -1,6 +1,6 @@
 """Package layout: each top-level folder is the sub-package `executorch_webgpu.<folder>`.
 
-The import package is a namespace without an `__init__.py` of its own, so the repository root stays free of package files.
+The import package is a namespace without an `__init__.py` of its own: the repository root stays free of package files.
 """
 
 from pathlib import Path
@@ -26,8 +26,8 @@ setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
     package_data={
-        "executorch_webgpu.wgsl": ["*.wgsl", "py.typed"],
+        "": ["py.typed"],
+        "executorch_webgpu.wgsl": ["*.wgsl"],
         "executorch_webgpu.backend.schema": ["*.fbs"],
-        **{name: ["py.typed"] for name in PACKAGES if name.count(".") == 1},
     },
 )

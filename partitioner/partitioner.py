@@ -114,7 +114,7 @@ def propose(program: ExportedProgram, reasons: dict[torch.fx.Node, str]) -> list
         found = CapabilityBasedPartitioner(
             program.graph_module, _Support(reasons), allows_single_node_partition=True
         ).propose_partitions()
-        found = [p for p in found if any(_makes_tensor(n) for n in p.nodes)]
+        found = [p for p in found if _gives_tensor(p)]
         where = {node: number for number, p in enumerate(found) for node in p.nodes}
         split = _split_state(program, where)
         if not split:
@@ -123,9 +123,11 @@ def propose(program: ExportedProgram, reasons: dict[torch.fx.Node, str]) -> list
             reasons[node] = "it updates a buffer whose new value is read outside the delegate; the buffer must stay outside as a whole"
 
 
-def _makes_tensor(node: torch.fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor | tuple | list) and op_name(node.target) not in ("aten._assert_scalar.default", "getitem")
+def _gives_tensor(part: Partition) -> bool:
+    """Whether a tensor leaves a partition. ExecuTorch cannot emit a delegate whose only results are integers."""
+    inside = set(part.nodes)
+    leaving = [n for n in inside if any(user not in inside for user in n.users)]
+    return any(isinstance(n.meta.get("val"), torch.Tensor | tuple | list) for n in leaving)
 
 
 def _split_state(program: ExportedProgram, where: dict[torch.fx.Node, int]) -> set[torch.fx.Node]:

@@ -1,7 +1,7 @@
 """Tiny decoders with ExecuTorch's cache and attention operators, lowered to `.pte` once per process.
 
-`build("llama")` has Llama's calling convention of ExecuTorch (tokens, position of the first), `build("static")` the same for
-one token a call, `build("hugging_face")` that of Hugging Face exports (tokens, position of each).
+`build("llama")` has Llama's calling convention of ExecuTorch (tokens, position of the first), `build("static")` the
+same for one token a call, `build("hugging_face")` that of Hugging Face exports (tokens, position of each).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -130,7 +131,6 @@ def build(convention: str, external: bool = False) -> Tiny:
     data = b""
     if external:
         import tempfile
-        from pathlib import Path
 
         with tempfile.TemporaryDirectory() as folder:
             program.write_tensor_data_to_file(folder)
@@ -155,3 +155,21 @@ def last_logits(tokens: Sequence[int]) -> torch.Tensor:
     module = Llama().eval()
     with torch.no_grad(), PreciseOps():
         return module.step(torch.tensor([list(tokens)]), module.positions[: len(tokens)], 0)[0, -1]
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A tokenizer.json in which each byte is a token (ids 0 to 255 in byte order) and STOP is a special one."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    # Printable bytes stand for themselves, the others for characters from 256 on, as in GPT-2's vocabulary.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    letters = {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
+    tokenizer = Tokenizer(models.BPE({letters[byte]: byte for byte in range(256)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<begin>", special=True), AddedToken("<end>", special=True)])
+    assert tokenizer.token_to_id("<end>") == STOP
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path

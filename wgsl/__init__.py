@@ -93,7 +93,7 @@ def source(kernel: str) -> str:
 
 
 def kernels() -> tuple[str, ...]:
-    """The names of all kernels, sorted. A file without an entry point is a part that `Dispatch.body` appends to kernels."""
+    """The names of all kernels, sorted. A file without an entry point is a part that is appended to kernels as `body`."""
     folder = resources.files(__package__)
     names = sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".wgsl"))
     return tuple(name for name in names if "@compute" in source(name))

@@ -19,6 +19,7 @@ Only the standard library is used. Seeds below ``EVAL_SEED_START`` are for train
 on are reserved for evaluation (the two ranges are disjoint, and `make_story` depends on nothing but the seed).
 """
 
+# ruff: noqa: SIM905 (word lists read better as strings)
 from __future__ import annotations
 
 import random

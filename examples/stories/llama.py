@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class LlamaConfig:
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.Module):  # type: ignore[misc]
     """Root-mean-square normalisation over the last dimension, computed in float32."""
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -76,7 +77,7 @@ KVCache = list[tuple[Tensor, Tensor]]
 """Per layer, the keys and values seen so far, each [batch, n_kv_heads, seq, head_dim]."""
 
 
-class Attention(nn.Module):
+class Attention(nn.Module):  # type: ignore[misc]
     """Grouped-query causal self-attention with rotary positions."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -114,7 +115,7 @@ class Attention(nn.Module):
         return self.wo(out.transpose(1, 2).reshape(batch, seq, -1)), (k, v)
 
 
-class FeedForward(nn.Module):
+class FeedForward(nn.Module):  # type: ignore[misc]
     """SwiGLU feed-forward layer."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -128,7 +129,7 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-class Block(nn.Module):
+class Block(nn.Module):  # type: ignore[misc]
     """One transformer layer with pre-normalisation."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -147,7 +148,7 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x)), cache
 
 
-class Llama(nn.Module):
+class Llama(nn.Module):  # type: ignore[misc]
     """The language model.
 
     Args:
@@ -202,7 +203,7 @@ class Llama(nn.Module):
         """Logits [batch, seq, vocab_size] of int64 tokens [batch, seq], without a past."""
         return self.forward_cached(tokens)[0]
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def generate(self, prompt: list[int], max_new_tokens: int, stop_ids: set[int]) -> list[int]:
         """Continues a prompt greedily.
 
@@ -235,9 +236,11 @@ def load_model(directory: str | Path = MODEL_DIR) -> Llama:
     settings = load_settings(directory)
     model = Llama(LlamaConfig.load(directory / "params.json"), settings["max_context"])
     model.load_state_dict({k: v.float() for k, v in load_file(directory / "model.safetensors").items()})
-    return model.eval()
+    model.eval()
+    return model
 
 
-def load_settings(directory: str | Path = MODEL_DIR) -> dict:
+def load_settings(directory: str | Path = MODEL_DIR) -> dict[str, Any]:
     """Reads config.json: ``bos_id``, ``eos_id``, ``stop_ids`` (end of a story or answer) and ``max_context``."""
-    return json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    settings: dict[str, Any] = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    return settings

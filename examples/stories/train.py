@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ def train_tokenizer(vocab_size: int, documents: int = 3000) -> Tokenizer:
     return tokenizer
 
 
-def settings_for(tokenizer: Tokenizer, max_context: int) -> dict:
+def settings_for(tokenizer: Tokenizer, max_context: int) -> dict[str, Any]:
     """The contents of config.json that go with a tokenizer."""
     (newline,) = tokenizer.encode("\n").ids
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
@@ -72,11 +72,9 @@ def _make_rows(job: tuple[str, int, int, int, bool]) -> tuple[np.ndarray, np.nda
     cache: dict[str, list[int]] = {}
 
     def encode(text: str) -> list[int]:
-        if len(text) > 80:
-            return tokenizer.encode(text).ids
         if text not in cache:
             cache[text] = tokenizer.encode(text).ids
-        return cache[text]
+        return cache[text] if len(text) <= 80 else cache.pop(text)
 
     tokens = np.full((count, length), eos, np.uint16)
     kind = np.zeros((count, length), np.uint8)
@@ -119,7 +117,7 @@ def make_pool(
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def answer_accuracy(model: Llama, tokens: torch.Tensor, kind: torch.Tensor, batch: int) -> tuple[float, float]:
     """Fraction of answers that greedy decoding gets exactly right, with the earlier right answers in context.
 
@@ -167,7 +165,8 @@ def half_precision_copy(model: Llama, max_context: int) -> Llama:
     """A float32 copy of the model whose weights have been rounded to float16, as they are stored."""
     copy = Llama(model.config, max_context)
     copy.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
-    return copy.to(model.cos.device).eval()
+    copy.to(model.cos.device).eval()
+    return copy
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

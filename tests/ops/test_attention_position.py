@@ -113,6 +113,17 @@ def test_a20_keys_before_the_window_have_no_effect(rows: int, on: str) -> None:
 
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("rows", SIZES.values(), ids=SIZES)
+def test_a20_keys_that_left_the_window_of_later_rows(rows: int, on: str) -> None:
+    """NaN in the first key of the first row's window: no other row sees it, though it stands in their tile."""
+    case = Case(4, 2, 16, rows, 128, 60, window=40)
+    tensors = arrays(case)
+    out = attention(case, on, poisoned(tensors, slice(21, 22), np.nan))
+    assert np.isnan(out[:, :, 0]).all()
+    assert_close(out[:, :, 1:], reference(case, tensors)[:, :, 1:])
+
+
+@pytest.mark.parametrize("on", DEVICES)
+@pytest.mark.parametrize("rows", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("mask", ["bool", "f32", "f16"])
 def test_a20_masked_keys_have_no_effect(mask: str, rows: int, on: str) -> None:
     """Rows of a ring cache that nothing was written to, hidden by the mask alone, spread over the tiles."""
@@ -152,5 +163,18 @@ def test_a21_partial_results_of_an_earlier_step_have_no_effect(on: str) -> None:
         assert np.isnan(loaded({name: np.full_like(x, np.nan) for name, x in tensors.items()}, 2046)).all()
         for pos in (0, 30, 31, 1000):
             assert_close(loaded(tensors, pos), reference(case, tensors, pos))
+    finally:
+        loaded.close()
+
+
+@pytest.mark.parametrize("on", DEVICES)
+def test_splits_that_do_not_divide_the_length(on: str) -> None:
+    """64 splits of a long cache: lengths of fewer tiles, as many, and more, whole and in part."""
+    case = Case(4, 2, 16, 1, 4096)
+    tensors = arrays(case)
+    loaded = Attention(case, on)
+    try:
+        for length in (2048, 2049, 2047, 2080, 2081, 3000, 4064, 4065, 4096, 33):
+            assert_close(loaded(tensors, length - 1), reference(case, tensors, length - 1))
     finally:
         loaded.close()

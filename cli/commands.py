@@ -1,0 +1,188 @@
+"""The command line: `run`, `devices` and `inspect`, and how errors are shown."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from ..runtime.device import INSTALL_HINT
+from ..runtime.errors import DeviceError, InputError, WebGPUDelegateError
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_DEBUG = "executorch_webgpu.debug"
+
+
+class _Commands(click.Group):
+    """A group that shows the package's errors and unreadable files as one line, not as a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # click ends quietly
+        except (WebGPUDelegateError, OSError) as error:
+            if ctx.meta.get(_DEBUG):
+                raise
+            raise click.ClickException(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    return " ".join(text.split())
+
+
+def _debug(command: _Command) -> _Command:
+    """Add --debug, which may stand before or after a command's name."""
+
+    def note(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.meta[_DEBUG] = True
+
+    return click.option(
+        "--debug", is_flag=True, expose_value=False, callback=note, help="Show a traceback for errors."
+    )(command)
+
+
+def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        parts = [f"{name} {importlib.metadata.version(name)}" for name in ("executorch-webgpu", "wgpu", "numpy")]
+        click.echo(f"{parts[0]} ({', '.join(parts[1:])})")
+        ctx.exit()
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show versions.")
+@_debug
+def cli() -> None:
+    """Run ExecuTorch programs (.pte) that were lowered for WebGPU, and look at what is in them."""
+
+
+@cli.command()
+@click.argument("model", metavar="MODEL.pte")
+@click.option("--tokenizer", required=True, metavar="FILE", help="The model's tokenizer.json.")
+@click.option("-p", "--prompt", required=True, metavar="TEXT", help="Text to continue; - reads it from standard input.")
+@click.option("--data", multiple=True, metavar="FILE", help="A .ptd file with external weights; may be given again.")
+@click.option("--method", default="forward", show_default=True, help="The decoder's method.")
+@click.option(
+    "-n", "--max-new-tokens", type=click.IntRange(min=0), help="Default: up to a stop or the model's capacity."
+)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token always.")
+@click.option(
+    "--top-k", type=int, default=0, show_default=True, help="Draw from the k most likely tokens; 0: from all."
+)
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest with this total.")
+@click.option(
+    "--min-p", type=float, default=0.0, show_default=True, help="Least likelihood relative to the best token."
+)
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: repeat less.")
+@click.option("--seed", type=int, help="Makes a run with a temperature repeatable.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
+@click.option("--adapter", metavar="NAME", help="Part of the name of the adapter to use; see `devices`.")
+@click.option("--stats", is_flag=True, help="Afterwards show speed, memory and kernel times on standard error.")
+@click.option("--stream/--no-stream", default=True, show_default=True, help="Show text as it comes, or all at the end.")
+@_debug
+def run(
+    model: str,
+    tokenizer: str,
+    prompt: str,
+    data: tuple[str, ...],
+    method: str,
+    max_new_tokens: int | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    stop: tuple[str, ...],
+    adapter: str | None,
+    stats: bool,
+    stream: bool,
+) -> None:
+    """Continue a text with a language model. The new text goes to standard output, all else to standard error."""
+    from ..runtime import Device, Generator, Runtime, Sampling, Tokenizer
+    from ..runtime.generate import generate_text
+    from .stats import report
+
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    text = _read() if prompt == "-" else prompt
+    if not text:
+        raise InputError("the prompt is empty")
+    codec = Tokenizer(tokenizer)
+    runtime = Runtime(Device.create(adapter)) if adapter else Runtime.get()
+    with runtime.load_program(model, list(data)) as program:
+        generator = Generator(program.load_method(method), program)
+        result = generate_text(
+            generator,
+            codec,
+            text,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            sampling=sampling,
+            on_text=_write if stream else None,
+        )
+        _write("\n" if stream else f"{result.text}\n")
+        if stats:
+            report(generator, result)
+
+
+def _read() -> str:
+    """Standard input as UTF-8, without the line end that closes it."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt on standard input is not UTF-8: {error}") from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _write(text: str) -> None:
+    """To standard output at once; characters that its encoding lacks become question marks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
+    sys.stdout.flush()
+
+
+@cli.command()
+@_debug
+def devices() -> None:
+    """List the adapters that programs can run on. Exits with 1 if there is none."""
+    from ..runtime.device import adapters, choose_adapter
+    from .tables import console, device_table
+
+    found = adapters()
+    if not found:
+        raise DeviceError(f"no WebGPU adapter: neither a GPU nor a software Vulkan driver was found. {INSTALL_HINT}")
+    problem = None
+    try:
+        default = choose_adapter().summary
+    except DeviceError as error:  # the environment names an adapter that is not there
+        default, problem = None, error
+    console().print(device_table(found, default))
+    if problem is not None:
+        raise problem
+
+
+@cli.command()
+@click.argument("model", metavar="MODEL.pte")
+@click.option("--data", multiple=True, metavar="FILE", help="A .ptd file with external weights; may be given again.")
+@click.option("--method", metavar="NAME", help="Show this method only.")
+@click.option("--graph", is_flag=True, help="Also print the graph of each delegate.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (with --graph: the graphs' text as well).")
+@_debug
+def inspect(model: str, data: tuple[str, ...], method: str | None, graph: bool, as_json: bool) -> None:
+    """Show what a program holds: methods, delegates, weights. Needs no GPU."""
+    from .contents import describe_program
+    from .tables import console, show_contents
+
+    found = describe_program(model, data, method, graph)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        show_contents(console(), found)
