@@ -1,6 +1,7 @@
 """The records of a delegated subgraph: plain frozen dataclasses, without torch and without wgpu.
 
-A `Graph` is what the blob inside a `.pte` holds. Sizes and scalars are a `Dim`: an int, or a `Sym` expression over the sizes
+A `Graph` is what the blob inside a `.pte` holds. Sizes and scalars are a `Dim`: an int, or a `Sym` expression over
+the sizes
 and the integer elements of the graph's inputs. `str(graph)` prints it readably.
 """
 
@@ -29,7 +30,8 @@ class Sym:
 
     Attributes:
         op: `input_dim` with args (input index, axis): a size of an input; `scalar` with args (input index, flat
-            element index): an integer element of an input (a SymInt input is its element 0); or one of `add`, `sub`, `mul`,
+            element index): an integer element of an input (a SymInt input is its element 0); or one of `add`, `sub`,
+            `mul`,
             `floordiv`, `mod`, `min`, `max` with two args.
         args: ints or nested symbols.
     """
@@ -138,7 +140,8 @@ class Value:
         dtype: one of `DTYPES`; what the host sees. How a device stores it is the runtime's business.
         shape: sizes; () for a scalar.
         name: for messages: the name of the parameter, buffer, input or node.
-        data: key of the bytes (row-major, little-endian, host dtype) of a constant, or of the initial content of a mutable
+        data: key of the bytes (row-major, little-endian, host dtype) of a constant, or of the initial content of a
+        mutable
             value; None for a mutable value that starts as zeros.
         alias: the value whose storage this one shares (a view, or the result of an in-place write), else None.
     """
@@ -209,7 +212,8 @@ class Graph:
         values, nodes: nodes stand in execution order.
         inputs: value indices in the order of the delegate's arguments (unused ones kept).
         outputs: a `Ref`, or a `Dim` for an integer output, in the order of the delegate's results.
-        mutations: (mutable value, value it takes on at the end of a call). Pairs that already share storage need no copy.
+        mutations: (mutable value, value it takes on at the end of a call). Pairs that already share storage need no
+        copy.
         symbols: bounds of the free symbols.
         model_id: the same for all methods lowered together: names their shared state.
     """
@@ -245,7 +249,9 @@ class Graph:
         for index, value in enumerate(self.values):
             if value.kind == "temp":
                 continue
-            lines.append(f"  {value.kind} %{index} {value.name}: {_type(value)}" + (f" @{value.data[:12]}" if value.data else ""))
+            lines.append(
+                f"  {value.kind} %{index} {value.name}: {_type(value)}" + (f" @{value.data[:12]}" if value.data else "")
+            )
         for node in self.nodes:
             outs = ", ".join(f"%{o}: {_type(self.values[o])}{self._alias(o)}" for o in node.outputs)
             args = ", ".join(f"{k}={_show(v)}" for k, v in node.args.items())

@@ -67,7 +67,9 @@ def _with_content_keys(graph: Graph, translation: Translation, tag: str | None) 
         if value.data is None:
             continue
         if value.data not in translation.tensors:
-            raise NotDelegable(f"{value.name}: the program holds no content for this tensor (it was exported with fake weights)")
+            raise NotDelegable(
+                f"{value.name}: the program holds no content for this tensor (it was exported with fake weights)"
+            )
         tensor = translation.tensors[value.data].detach().cpu().contiguous()
         key = content_key(tensor)
         placeholder = next((p for p in translation.placeholders.values() if p.name == value.data), None)
@@ -112,7 +114,9 @@ class WebGPUBackend(BackendDetails):  # type: ignore[misc]
     """The backend class; ExecuTorch finds it by its name, which is also the backend id in the `.pte`."""
 
     @classmethod
-    def copy_exported_program_for_preprocess(cls, edge_program: ExportedProgram, compile_specs: list[CompileSpec]) -> ExportedProgram:
+    def copy_exported_program_for_preprocess(
+        cls, edge_program: ExportedProgram, compile_specs: list[CompileSpec]
+    ) -> ExportedProgram:
         """The program itself: nothing here changes it, and a copy would double the weights in memory."""
         return edge_program
 
@@ -126,7 +130,8 @@ class WebGPUBackend(BackendDetails):  # type: ignore[misc]
     def preprocess_multimethod(
         cls, edge_programs: dict[str, list[ExportedProgram]], compile_specs: dict[str, list[list[CompileSpec]]]
     ) -> dict[str, list[PreprocessResult]]:
-        """Lower the subgraphs of all methods under one model id, by which the runtime knows that they may share state."""
+        """Lower the subgraphs of all methods under one model id, by which the runtime knows that they may share
+        state."""
         lowered = {
             name: [lower(program, specs) for program, specs in zip(programs, compile_specs[name], strict=True)]
             for name, programs in edge_programs.items()

@@ -121,14 +121,25 @@ def deserialize(blob: bytes | memoryview) -> Graph:
             tuple(int(i) for i in _list(table.inputs)),
             tuple(_read_output(o) for o in table.outputs or ()),
             tuple((m.target, m.source) for m in table.mutations or ()),
-            tuple(SymbolRange(_read_symbol(r.symbol), r.low, r.high if r.bounded else None) for r in table.symbols or ()),
+            tuple(
+                SymbolRange(_read_symbol(r.symbol), r.low, r.high if r.bounded else None) for r in table.symbols or ()
+            ),
             _text(table.modelId),
             version,
         )
         _check_indices(graph)
     except BlobError:
         raise
-    except (struct.error, IndexError, TypeError, ValueError, AttributeError, UnicodeDecodeError, RecursionError, MemoryError) as error:
+    except (
+        struct.error,
+        IndexError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        UnicodeDecodeError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise BlobError(f"the blob is truncated or corrupt: {error}") from error
     return graph
 

@@ -26,7 +26,8 @@ class Symbols:
         """Learn symbols from inputs.
 
         Args:
-            shapes: (input position, sizes). A size that is one symbol defines it; an expression with one unknown symbol that
+            shapes: (input position, sizes). A size that is one symbol defines it; an expression with one unknown
+            symbol that
                 occurs linearly is solved for it after all plain ones.
         """
         linear: list[tuple[sympy.Expr, Sym]] = []
@@ -54,7 +55,8 @@ class Symbols:
         self._known[symbol] = make_dim("floordiv", make_dim("sub", here, rest), int(slope))
 
     def define(self, expr: Any, dim: Dim) -> None:
-        """Say what an integer of the program (an `item()` result, a SymInt input) is; plain symbols only, others are ignored."""
+        """Say what an integer of the program (an `item()` result, a SymInt input) is; plain symbols only, others are
+        ignored."""
         if isinstance(expr, sympy.Symbol):
             self._known.setdefault(expr, dim)
 
@@ -103,8 +105,10 @@ class Symbols:
     def ranges(self, constraints: dict[sympy.Symbol, Any]) -> tuple[SymbolRange, ...]:
         """Bounds of the input sizes that the export gives.
 
-        A lower bound of 2 is torch's specialisation on 0 and 1, not a limit of the program: 1 is accepted there. Bounds of
-        integers read from tensors are left out: torch derives them from the same specialisation (`u0 <= capacity - 2`); operators
+        A lower bound of 2 is torch's specialisation on 0 and 1, not a limit of the program: 1 is accepted there.
+        Bounds of
+        integers read from tensors are left out: torch derives them from the same specialisation (`u0 <= capacity -
+        2`); operators
         check positions themselves.
         """
         found = {}

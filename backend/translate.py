@@ -1,6 +1,7 @@
 """An exported program (edge dialect, torch.fx) as records. With `symbols.py` the only place that knows torch.fx.
 
-`translate(program)` is used twice: leniently by the partitioner, to ask every operator about every node of a whole model, and strictly
+`translate(program)` is used twice: leniently by the partitioner, to ask every operator about every node of a whole
+model, and strictly
 by `preprocess`, on the subgraph that a delegate got.
 """
 
@@ -34,14 +35,16 @@ _ALIASES_OF_INPUT = {
 """Operators through which an `item()` is followed back to an input."""
 
 _SKIPPED = ("aten._assert_scalar", "aten.sym_constrain_range", "aten._assert_async", "aten._assert_tensor_metadata")
-"""Assertions: torch derives some from its 0/1 specialisation (they refuse legal positions), so none is enforced; operators check."""
+"""Assertions: torch derives some from its 0/1 specialisation (they refuse legal positions), so none is enforced;
+operators check."""
 
 MUTATED_RESULTS = {
     "llama.update_cache.default": ("cache",),
     "llama.update_cache_with_indices.default": ("cache",),
     "llama.sdpa_with_kv_cache.default": (None, "key_cache", "value_cache"),
 }
-"""In-place operators of the llama library: what the record's results are (None: the operator's own result, a name: the new
+"""In-place operators of the llama library: what the record's results are (None: the operator's own result, a name:
+the new
 value of that argument). The [1]-shaped own result of `update_cache` carries nothing and has no record."""
 
 
@@ -127,14 +130,17 @@ class _Translator:
         return self.result
 
     def _refuse(self, node: torch.fx.Node, reason: str) -> None:
-        """Record a refusal. What the node computes would reach a delegate as an input, so its readers are judged on their own."""
+        """Record a refusal. What the node computes would reach a delegate as an input, so its readers are judged on
+        their own."""
         self.result.refused[node] = reason
         value = node.meta.get("val")
         several = isinstance(value, tuple | list)
         outputs: list[Ref | None] = []
         for item in value if several else [value]:  # type: ignore[union-attr]
             try:
-                outputs.append(self._add(self._tensor_value("temp", node.name, item)) if isinstance(item, torch.Tensor) else None)
+                outputs.append(
+                    self._add(self._tensor_value("temp", node.name, item)) if isinstance(item, torch.Tensor) else None
+                )
             except Unresolved:
                 outputs.append(None)
             if isinstance(item, torch.SymInt):
@@ -169,7 +175,9 @@ class _Translator:
             kind = "mutable" if spec.target in mutated else "constant"
             self._stored(node, kind, str(spec.target), tensor)
         self.symbols.define_inputs(
-            (position, node.meta["val"].shape) for position, node in enumerate(user) if isinstance(node.meta.get("val"), torch.Tensor)
+            (position, node.meta["val"].shape)
+            for position, node in enumerate(user)
+            if isinstance(node.meta.get("val"), torch.Tensor)
         )
         for position, node in enumerate(user):
             self._user_input(position, node)
@@ -245,12 +253,15 @@ class _Translator:
         self.symbols.define(value.node.expr, Sym("scalar", (self.origin[source], flat)))
 
     def _element(self, node: torch.fx.Node) -> tuple[torch.fx.Node, Dim]:
-        """Follow the one element of a one-element tensor back to an input; returns (placeholder, flat element index)."""
+        """Follow the one element of a one-element tensor back to an input; returns (placeholder, flat element
+        index)."""
         offset: Dim = 0
         while node not in self.origin:
             name = op_name(node.target) if node.op == "call_function" else node.op
             if name not in _ALIASES_OF_INPUT:
-                raise Unresolved(f"the integer comes from {name}, which the host does not compute; positions must come from an input tensor")
+                raise Unresolved(
+                    f"the integer comes from {name}, which the host does not compute; positions must come from an input tensor"
+                )
             source = node.args[0]
             if not isinstance(source, torch.fx.Node):
                 raise Unresolved(f"{node.name} has no tensor argument")
@@ -285,7 +296,8 @@ class _Translator:
         self.result.side.add(node)
 
     def _functionalized(self, node: torch.fx.Node) -> None:
-        """`auto_functionalized_v2(op, ..., _x_base_index, _all_bases)` as a record of `op` whose results are the new values."""
+        """`auto_functionalized_v2(op, ..., _x_base_index, _all_bases)` as a record of `op` whose results are the new
+        values."""
         target = node.args[0]
         name = op_name(target)
         if name not in MUTATED_RESULTS:
@@ -294,7 +306,9 @@ class _Translator:
         args: dict[str, Any] = {}
         for argument in target._schema.arguments:  # type: ignore[union-attr]
             base = node.kwargs.get(f"_{argument.name}_base_index")
-            args[argument.name] = bases[base] if base is not None else node.kwargs.get(argument.name, argument.default_value)  # type: ignore[index, call-overload]
+            args[argument.name] = (
+                bases[base] if base is not None else node.kwargs.get(argument.name, argument.default_value)
+            )  # type: ignore[index, call-overload]
         arg_values = node.meta["val"]
         mutated = [a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]  # type: ignore[union-attr]
         own = len(arg_values) - len(bases)  # type: ignore[arg-type]
@@ -307,7 +321,13 @@ class _Translator:
             else:
                 base_value = self.values[converted[result].value]  # type: ignore[union-attr]
                 outputs.append(self._add(Value("temp", base_value.dtype, base_value.shape, f"{node.name}.{result}")))
-        by_name = dict(zip([r for r in MUTATED_RESULTS[name] if r], [o for o, r in zip(outputs, MUTATED_RESULTS[name], strict=True) if r], strict=True))
+        by_name = dict(
+            zip(
+                [r for r in MUTATED_RESULTS[name] if r],
+                [o for o, r in zip(outputs, MUTATED_RESULTS[name], strict=True) if r],
+                strict=True,
+            )
+        )
         order = sorted(mutated, key=lambda n: node.kwargs[f"_{n}_base_index"])  # type: ignore[arg-type, return-value]
         self._finish(node, Node(name, converted, tuple(o.value for o in outputs), node.name))
         self.env[node] = (*results, *(by_name[n] for n in order))
@@ -348,7 +368,8 @@ class _Translator:
         }
 
     def _literal_or(self, name: str, value: Any) -> Arg:
-        """A zero-dimensional constant as second operand is a number of the kernel, not a buffer (exports lift every `eps` so)."""
+        """A zero-dimensional constant as second operand is a number of the kernel, not a buffer (exports lift every
+        `eps` so)."""
         if name == "other" and isinstance(value, torch.fx.Node) and value in self.literals:
             return self.literals[value]
         return self._arg(value)

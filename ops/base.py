@@ -47,7 +47,8 @@ class Limits:
     def wgsl_type(self, dtype: str) -> str:
         """How a tensor of host dtype `dtype` is stored on this device: `f32`, `f16`, `i32` or `u32`.
 
-        Integers are i32 (WGSL has no other), booleans u32 holding 0 or 1, bfloat16 f32; float16 is f16 where the device has it,
+        Integers are i32 (WGSL has no other), booleans u32 holding 0 or 1, bfloat16 f32; float16 is f16 where the
+        device has it,
         else f32, so that every program runs on every device.
         """
         if dtype == "f16" and self.f16:
@@ -63,7 +64,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """A params field that holds the slot of a live scalar: the kernel reads the value with `live_value(params.<field>)`."""
+    """A params field that holds the slot of a live scalar: the kernel reads the value with
+    `live_value(params.<field>)`."""
 
     dim: Dim
 
@@ -123,7 +125,8 @@ class ElementCheck:
 class Lowering:
     """The view of a graph that `lower` sees: concrete sizes, device limits, scratch values and host checks.
 
-    `int(dim)` records that the plan depends on the symbols in `dim`; `live(dim)` keeps a symbol out of the plan: its value is
+    `int(dim)` records that the plan depends on the symbols in `dim`; `live(dim)` keeps a symbol out of the plan: its
+    value is
     read by the kernel from the live-scalar buffer at each step.
     """
 
@@ -195,7 +198,8 @@ class Lowering:
     def require_elements(self, arg: Arg, low: Int, high: Int, what: str) -> None:
         """Check every element of an integer tensor on the host before every step.
 
-        Seen are inputs, views of inputs, and what `bounds.integer_bounds` follows (positions counted up from a live scalar);
+        Seen are inputs, views of inputs, and what `bounds.integer_bounds` follows (positions counted up from a live
+        scalar);
         elements computed otherwise are the kernel's to guard.
         """
         root = self.graph.root(self.id(arg))
@@ -208,7 +212,8 @@ class Lowering:
             self.require(bounds[1], low, high, what)
 
     def grid_1d(self, items: Int, workgroup: Int) -> Grid:
-        """A grid of ceil(items / workgroup) workgroups, folded into x and y where x alone would pass the device's limit.
+        """A grid of ceil(items / workgroup) workgroups, folded into x and y where x alone would pass the device's
+        limit.
 
         The kernel computes its flat workgroup index as `wid.x + wid.y * num_workgroups.x` and leaves when past the end.
         """
@@ -260,11 +265,15 @@ def register(
     """Register an operator under one or more names.
 
     Args:
-        view: called with (graph, node); returns the name of the argument whose storage the result shares unchanged (the first
-            value in it, for a list), or None where this node moves data. A node that is a view makes no dispatch. Only for
+        view: called with (graph, node); returns the name of the argument whose storage the result shares unchanged
+        (the first
+            value in it, for a list), or None where this node moves data. A node that is a view makes no dispatch.
+            Only for
             results whose device storage has the same element type and order.
-        inplace: output number -> name of the argument whose storage that output may take over. Where the pass that assigns storage
-            finds this safe, `ctx.shares_storage(output, argument)` is true in `lower` and only the changed elements need
+        inplace: output number -> name of the argument whose storage that output may take over. Where the pass that
+        assigns storage
+            finds this safe, `ctx.shares_storage(output, argument)` is true in `lower` and only the changed elements
+            need
             writing; where not, `lower` must write the whole output.
     Raises:
         ValueError: a name is registered twice.

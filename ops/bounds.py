@@ -1,4 +1,5 @@
-"""Bounds of integer tensors that follow from sizes and live scalars: how an index computed on the GPU is checked on the host."""
+"""Bounds of integer tensors that follow from sizes and live scalars: how an index computed on the GPU is checked on
+the host."""
 
 from __future__ import annotations
 
@@ -48,7 +49,13 @@ def _of_node(graph: Graph, node: Node) -> Bounds | None:
 def _arange(graph: Graph, node: Node) -> Bounds | None:
     start, step = node.args.get("start", 0), node.args.get("step", 1)
     count = graph.values[node.outputs[0]].shape[0]
-    if isinstance(start, bool) or not isinstance(start, int | Sym) or isinstance(step, bool) or not isinstance(step, int) or step < 1:
+    if (
+        isinstance(start, bool)
+        or not isinstance(start, int | Sym)
+        or isinstance(step, bool)
+        or not isinstance(step, int)
+        or step < 1
+    ):
         return None
     last = make_dim("mul", make_dim("sub", count, 1), step)
     return start, make_dim("add", start, last)

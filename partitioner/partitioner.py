@@ -10,6 +10,7 @@ from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, PartitionResult
 from executorch.exir.backend.utils import tag_constant_data, tag_mutated_buffer
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner, Partition
 from torch.fx.passes.operator_support import OperatorSupportBase
 
@@ -25,11 +26,13 @@ class WebGPUPartitioner(Partitioner):  # type: ignore[misc]
     """Chooses every node for which the WebGPU delegate has a kernel.
 
     Args:
-        disable_passes: names of optional passes to leave out (`executorch_webgpu.backend.passes.OPTIONAL`), for comparison.
+        disable_passes: names of optional passes to leave out (`executorch_webgpu.backend.passes.OPTIONAL`), for
+        comparison.
         external_weights: base name of a `.ptd` file for the weights, written by
             `ExecutorchProgramManager.write_tensor_data_to_file`; None keeps them in the `.pte`.
 
-    After `partition`, `refused` maps each operator that stays outside to the reason; it is also logged once per operator.
+    After `partition`, `refused` maps each operator that stays outside to the reason; it is also logged once per
+    operator.
     """
 
     def __init__(self, disable_passes: Collection[str] = (), external_weights: str | None = None) -> None:
@@ -58,6 +61,11 @@ class WebGPUPartitioner(Partitioner):  # type: ignore[misc]
         preserved = [op for op in kept - lost if op.namespace == "aten" and op_name(op) in KEPT_WHOLE]
         return sorted(preserved, key=str), None
 
+    def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
+        """Called by `to_edge_transform_and_lower` before anything else: see `separate_outputs`."""
+        separate_outputs(exported_program)
+        return exported_program
+
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Tag nodes, constants and mutated buffers. Raises nothing: what is refused stays outside."""
         reasons = unsupported(exported_program)
@@ -75,6 +83,30 @@ class WebGPUPartitioner(Partitioner):  # type: ignore[misc]
         tag_constant_data(exported_program)
         tag_mutated_buffer(exported_program)
         return PartitionResult(tagged_exported_program=exported_program, partition_tags=tags)
+
+
+def separate_outputs(program: ExportedProgram) -> None:
+    """Give outputs that are a buffer's new value a clone of their own, in an ATen program before functionalisation.
+
+    ExecuTorch refuses to consume a buffer in a delegate whose new value is an output itself. The clone costs nothing: inside
+    the delegate it is a view.
+    """
+    signature = program.graph_signature
+    graph = program.graph_module.graph
+    output = next(node for node in graph.nodes if node.op == "output")
+    buffers = set(signature.inputs_to_buffers) | set(signature.buffers_to_mutate)
+    results = list(output.args[0])
+    for position, spec in enumerate(signature.output_specs):
+        result = results[position]
+        if spec.kind != OutputKind.USER_OUTPUT or not isinstance(result, torch.fx.Node) or result.name not in buffers:
+            continue
+        with graph.inserting_before(output):
+            clone = graph.call_function(torch.ops.aten.clone.default, (result,))
+        clone.meta = dict(result.meta)
+        results[position] = clone
+        signature.output_specs[position] = OutputSpec(spec.kind, TensorArgument(clone.name), spec.target)
+    output.args = (type(output.args[0])(results),)
+    program.graph_module.recompile()
 
 
 KEPT_WHOLE = frozenset((
@@ -105,9 +137,11 @@ class _Support(OperatorSupportBase):
 
 
 def propose(program: ExportedProgram, reasons: dict[torch.fx.Node, str]) -> list[Partition]:
-    """Partitions without those that hold no tensor work, and with mutable state either inside one of them or outside all.
+    """Partitions without those that hold no tensor work, and with mutable state either inside one of them or outside
+    all.
 
-    ExecuTorch cannot split a buffer's update from the readers of its new value: such a writer is refused (added to `reasons`)
+    ExecuTorch cannot split a buffer's update from the readers of its new value: such a writer is refused (added to
+    `reasons`)
     and the partitions are proposed again.
     """
     while True:
@@ -119,8 +153,7 @@ def propose(program: ExportedProgram, reasons: dict[torch.fx.Node, str]) -> list
         split = _split_state(program, where)
         if not split:
             return found
-        for node in split:
-            reasons[node] = "it updates a buffer whose new value is read outside the delegate; the buffer must stay outside as a whole"
+        reasons.update(split)
 
 
 def _gives_tensor(part: Partition) -> bool:
@@ -130,11 +163,19 @@ def _gives_tensor(part: Partition) -> bool:
     return any(isinstance(n.meta.get("val"), torch.Tensor | tuple | list) for n in leaving)
 
 
-def _split_state(program: ExportedProgram, where: dict[torch.fx.Node, int]) -> set[torch.fx.Node]:
-    """Writers of buffers whose result has a reader in another place than the writer."""
+_READ_OUTSIDE = "it updates a buffer whose new value is read outside the delegate; the buffer must stay outside as a whole"
+_IS_OUTPUT = (
+    "it updates a buffer whose new value is also an output, which ExecuTorch cannot delegate; return a clone of the buffer, "
+    "or lower with to_edge_transform_and_lower, where the partitioner does so"
+)
+
+
+def _split_state(program: ExportedProgram, where: dict[torch.fx.Node, int]) -> dict[torch.fx.Node, str]:
+    """Writers of buffers that cannot be inside as a whole, with the reason."""
     signature = program.graph_signature
-    names = set(signature.buffers_to_mutate) | set(signature.user_inputs_to_mutate)
-    split = set()
+    names = set(signature.buffers_to_mutate)
+    user_outputs = {spec.arg.name for spec in signature.output_specs if spec.kind == OutputKind.USER_OUTPUT}
+    split: dict[torch.fx.Node, str] = {}
     for node in program.graph.nodes:
         if node.name not in names or node.op == "placeholder":
             continue
@@ -143,6 +184,7 @@ def _split_state(program: ExportedProgram, where: dict[torch.fx.Node, int]) -> s
         if place is None:
             continue
         chain = [node, *(user for user in node.users if user.op != "output")]
-        if any(where.get(reader) != place for reader in chain):
-            split.add(writer)
+        is_output = node.name in user_outputs
+        if is_output or any(where.get(reader) != place for reader in chain):
+            split[writer] = _IS_OUTPUT if is_output else _READ_OUTSIDE
     return split

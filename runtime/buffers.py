@@ -1,4 +1,5 @@
-"""GPU buffers: constants shared by a program's methods, pooled temporaries, mutable state, live scalars and read-back."""
+"""GPU buffers: constants shared by a program's methods, pooled temporaries, mutable state, live scalars and
+read-back."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def fill(device: Device, buffer: Any, value: Value, data: Any) -> None:
     expected = count * ITEM_SIZE[value.dtype]
     raw = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
     if raw.nbytes < expected:
-        raise MissingDataError(f"{value.name}: {expected:,} bytes expected for {value.dtype}{list(value.shape)}, the data has {raw.nbytes:,}")
+        raise MissingDataError(
+            f"{value.name}: {expected:,} bytes expected for {value.dtype}{list(value.shape)}, the data has {raw.nbytes:,}"
+        )
     host = np.frombuffer(raw, NUMPY[value.dtype], count)
     kind = device.limits.wgsl_type(value.dtype)
     for start in range(0, count, _CHUNK):
@@ -133,7 +136,8 @@ class State:
 class Pool:
     """Buffers for inputs and temporaries, shared by all plans of a method.
 
-    A plan asks for a list of sizes; the i-th largest size always gets the i-th buffer, so that a small plan fits into what a
+    A plan asks for a list of sizes; the i-th largest size always gets the i-th buffer, so that a small plan fits into
+    what a
     large one needed. When a buffer must grow, `generation` changes and plans made before bind again.
     """
 
@@ -201,7 +205,12 @@ class LiveTable:
         if self.buffer is None or self.buffer.size < size:
             if self.buffer is not None:
                 self.device.release(self.buffer, "other")
-            usage = wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
+            usage = (
+                wgpu.BufferUsage.UNIFORM
+                | wgpu.BufferUsage.STORAGE
+                | wgpu.BufferUsage.COPY_DST
+                | wgpu.BufferUsage.COPY_SRC
+            )
             self.buffer = self.device.buffer(size, "other", "live scalars", usage)
             self.generation += 1
             self._last = b""

@@ -41,7 +41,8 @@ class Delegate:
         weights: buffers of constants, shared by the delegates of a program.
         state: mutable buffers.
     Raises:
-        MissingDataError, DeviceError: weights are missing or do not fit; what was uploaded for this delegate alone is freed by
+        MissingDataError, DeviceError: weights are missing or do not fit; what was uploaded for this delegate alone is
+        freed by
             closing `weights`.
     """
 
@@ -104,7 +105,8 @@ class Delegate:
         """Check the inputs against the graph and return the values of its free symbols.
 
         Raises:
-            InputError: count, dtype, rank, static size, symbol range or inconsistent dynamic sizes; names input and limit.
+            InputError: count, dtype, rank, static size, symbol range or inconsistent dynamic sizes; names input and
+            limit.
         """
         graph = self.graph
         if len(inputs) != len(graph.inputs):
@@ -159,9 +161,17 @@ class Delegate:
             name = self.graph.values[self.graph.inputs[int(str(symbol.args[0]))]].name
             high = "unbounded" if bounds.high is None else bounds.high
             what = f"size at axis {symbol.args[1]}" if symbol.op == "input_dim" else "value"
-            raise InputError(f"input {symbol.args[0]} ({name}): {what} is {value}, outside [{bounds.low}, {high}] of the export")
+            raise InputError(
+                f"input {symbol.args[0]} ({name}): {what} is {value}, outside [{bounds.low}, {high}] of the export"
+            )
 
-    def _check(self, checks: Sequence[Check], elements: Sequence[ElementCheck], inputs: Sequence[tuple[str, HostArray]], env: dict[Sym, int]) -> None:
+    def _check(
+        self,
+        checks: Sequence[Check],
+        elements: Sequence[ElementCheck],
+        inputs: Sequence[tuple[str, HostArray]],
+        env: dict[Sym, int],
+    ) -> None:
         for check in checks:
             value = evaluate(check.dim, env.__getitem__)
             if not check.low <= value <= check.high:
@@ -237,7 +247,9 @@ class Delegate:
         compute.end()
         return self._finish(encoder, plan, env)
 
-    def profile(self, inputs: Sequence[tuple[str, HostArray]]) -> tuple[list[tuple[str, HostArray | int]], list[KernelTime]]:
+    def profile(
+        self, inputs: Sequence[tuple[str, HostArray]]
+    ) -> tuple[list[tuple[str, HostArray | int]], list[KernelTime]]:
         """Run one step with a timestamp around every dispatch; slower than `execute`, same results.
 
         Raises:
@@ -254,7 +266,11 @@ class Delegate:
             part = plan.launches[start : start + 2000]
             queries = self.device.gpu.create_query_set(type="timestamp", count=2 * len(part))
             for i, launch in enumerate(part):
-                stamps = {"query_set": queries, "beginning_of_pass_write_index": 2 * i, "end_of_pass_write_index": 2 * i + 1}
+                stamps = {
+                    "query_set": queries,
+                    "beginning_of_pass_write_index": 2 * i,
+                    "end_of_pass_write_index": 2 * i + 1,
+                }
                 compute = encoder.begin_compute_pass(label=launch.node, timestamp_writes=stamps)
                 _launch(compute, launch)
                 compute.end()

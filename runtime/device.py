@@ -30,9 +30,7 @@ _LIMITS = {
     "storage_alignment": "min-storage-buffer-offset-alignment",
 }
 
-INSTALL_HINT = (
-    "Install your GPU vendor's Vulkan driver, or a software one (Debian and Ubuntu: `apt-get install mesa-vulkan-drivers libvulkan1`)."
-)
+INSTALL_HINT = "Install your GPU vendor's Vulkan driver, or a software one (Debian and Ubuntu: `apt-get install mesa-vulkan-drivers libvulkan1`)."
 
 
 @dataclass
@@ -150,7 +148,9 @@ class Device:
         if missing:
             raise DeviceError(f"adapter {chosen.summary!r} lacks {missing}")
         defaults = Limits()
-        limits = {key: getattr(defaults, n) if default_limits else int(chosen.limits[key]) for n, key in _LIMITS.items()}
+        limits = {
+            key: getattr(defaults, n) if default_limits else int(chosen.limits[key]) for n, key in _LIMITS.items()
+        }
         return cls(chosen, features, limits)
 
     @classmethod
@@ -182,7 +182,9 @@ class Device:
         try:
             made = self.gpu.create_buffer(label=label, size=size, usage=usage)
         except Exception as error:
-            raise DeviceError(f"{label}: no GPU buffer of {size:,} bytes ({self.memory.total:,} in use): {error}") from error
+            raise DeviceError(
+                f"{label}: no GPU buffer of {size:,} bytes ({self.memory.total:,} in use): {error}"
+            ) from error
         self.counters.buffers += 1
         self.memory.add(purpose, size)
         return made

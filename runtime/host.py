@@ -1,4 +1,5 @@
-"""Host tensors: conversion between numpy arrays or torch tensors and what a device stores. Torch is never imported here."""
+"""Host tensors: conversion between numpy arrays or torch tensors and what a device stores. Torch is never imported
+here."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def is_torch(value: object) -> bool:
 def to_host(value: Any) -> tuple[str, np.ndarray[Any, Any]]:
     """A numpy array, torch tensor or Python number as (host dtype, contiguous array).
 
-    Python ints become i64, floats f32, bools bool; bfloat16 tensors become their 16 bits. Raises InputError for anything else.
+    Python ints become i64, floats f32, bools bool; bfloat16 tensors become their 16 bits. Raises InputError for
+    anything else.
     """
     if is_torch(value):
         torch = sys.modules["torch"]
@@ -103,7 +105,8 @@ def from_storage(dtype: str, data: Any, wgsl_type: str, shape: tuple[int, ...]) 
 
 
 def to_user(dtype: str, array: np.ndarray[Any, Any], torch_wanted: bool) -> Any:
-    """A host array for the caller: a torch tensor if wanted, else numpy (bfloat16 then as float32, which holds it exactly)."""
+    """A host array for the caller: a torch tensor if wanted, else numpy (bfloat16 then as float32, which holds it
+    exactly)."""
     if torch_wanted:
         torch = sys.modules["torch"]
         tensor = torch.from_numpy(array)

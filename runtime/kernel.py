@@ -56,7 +56,9 @@ class Kernel:
             {
                 "binding": b.index,
                 "visibility": wgpu.ShaderStage.COMPUTE,
-                "buffer": {"type": "uniform" if b.space == "uniform" else "storage" if b.writes else "read-only-storage"},
+                "buffer": {
+                    "type": "uniform" if b.space == "uniform" else "storage" if b.writes else "read-only-storage"
+                },
             }
             for b in self.interface.bindings.values()
         ]

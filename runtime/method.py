@@ -15,6 +15,7 @@ from .delegate import Delegate, KernelTime
 from .device import Device
 from .errors import InputError, ProgramFormatError, UnsupportedError
 from .host import NUMPY, bf16_to_f32, is_torch, to_host, to_user
+from .ptd import DataFile
 from .pte import (
     BoolList,
     DelegateCall,
@@ -32,7 +33,6 @@ from .pte import (
     TensorMeta,
 )
 from .pte import Program as ProgramFile
-from .ptd import DataFile
 
 BACKEND_ID = "WebGPUBackend"
 _DTYPES = {
@@ -111,7 +111,13 @@ class Method:
     """
 
     def __init__(
-        self, file: ProgramFile, data_files: Sequence[DataFile], name: str, device: Device, weights: Weights, state: State | None
+        self,
+        file: ProgramFile,
+        data_files: Sequence[DataFile],
+        name: str,
+        device: Device,
+        weights: Weights,
+        state: State | None,
     ) -> None:
         self.file = file
         self.data_files = data_files
@@ -144,14 +150,19 @@ class Method:
     def _check_operators(self) -> None:
         foreign = sorted({part.id for part in self.plan.delegates} - {BACKEND_ID})
         if foreign:
-            raise UnsupportedError(f"method {self.plan.name} has parts delegated to {foreign}; this runtime executes {BACKEND_ID} only")
+            raise UnsupportedError(
+                f"method {self.plan.name} has parts delegated to {foreign}; this runtime executes {BACKEND_ID} only"
+            )
         used = {i.op_index for chain in self.plan.chains for i in chain.instructions if isinstance(i, KernelCall)}
         outside.require([self.plan.operators[i] for i in sorted(used)])
 
     def outside(self) -> list[str]:
         """Names of the operators that are not delegated, in the order of execution."""
         return [
-            self.plan.operators[i.op_index].full_name for chain in self.plan.chains for i in chain.instructions if isinstance(i, KernelCall)
+            self.plan.operators[i.op_index].full_name
+            for chain in self.plan.chains
+            for i in chain.instructions
+            if isinstance(i, KernelCall)
         ]
 
     # -- execution
@@ -180,7 +191,9 @@ class Method:
 
         return self._run(inputs, call), times
 
-    def _run(self, inputs: Sequence[Any], call: Callable[[Delegate, list[tuple[str, Any]]], list[tuple[str, Any]]]) -> list[Any]:
+    def _run(
+        self, inputs: Sequence[Any], call: Callable[[Delegate, list[tuple[str, Any]]], list[tuple[str, Any]]]
+    ) -> list[Any]:
         torch_wanted = any(is_torch(value) for value in inputs)
         slots = self._bind(inputs)
         for chain in self.plan.chains:
@@ -234,7 +247,10 @@ class Method:
         return self._stored[index]
 
     def _call_delegate(
-        self, instruction: DelegateCall, slots: list[Any], call: Callable[[Delegate, list[tuple[str, Any]]], list[tuple[str, Any]]]
+        self,
+        instruction: DelegateCall,
+        slots: list[Any],
+        call: Callable[[Delegate, list[tuple[str, Any]]], list[tuple[str, Any]]],
     ) -> None:
         delegate = self.delegates[instruction.delegate_index]
         count = len(delegate.graph.inputs)
@@ -249,8 +265,6 @@ class Method:
         def resolve(value: Any) -> Any:
             if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
                 return to_user(value[0], value[1], torch is not None)
-            if isinstance(value, TensorMeta):
-                return torch.zeros(value.sizes, dtype=_torch_dtype(torch, value)) if torch is not None else None
             if isinstance(value, IntList | TensorList):
                 return [resolve(slots[i]) for i in value.items]
             if isinstance(value, OptionalTensorList):
@@ -262,15 +276,12 @@ class Method:
         def dtype_of(index: int) -> Any:
             return _torch_dtype(torch, self.plan.values[index])
 
-        in_place = operator.name.endswith("_")
-        if in_place and instruction.args and torch is not None:  # a buffer outside the delegate: it stays a torch tensor between calls
-            target = instruction.args[0]
-            tensor = resolve(slots[target])
-            self._stored[target] = slots[target] = tensor
+        if torch is not None:
+            for index in outside.inputs(operator, instruction.args):
+                if isinstance(slots[index], TensorMeta):  # read before anything wrote it: a buffer that starts as zeros
+                    meta = slots[index]
+                    slots[index] = self._stored[index] = torch.zeros(meta.sizes, dtype=_torch_dtype(torch, meta))
         outside.run(operator, instruction.args, slots, dtype_of, resolve)
-        for index in instruction.args:
-            if is_torch(slots[index]) and index in self._stored:
-                self._stored[index] = slots[index]
 
     def _user(self, value: Any, index: int, torch_wanted: bool) -> Any:
         if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
@@ -295,7 +306,18 @@ class Method:
 
 
 def _torch_dtype(torch: Any, meta: Any) -> Any:
-    names = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64", "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8", "u8": "uint8", "bool": "bool"}
+    names = {
+        "f32": "float32",
+        "f16": "float16",
+        "bf16": "bfloat16",
+        "f64": "float64",
+        "i64": "int64",
+        "i32": "int32",
+        "i16": "int16",
+        "i8": "int8",
+        "u8": "uint8",
+        "bool": "bool",
+    }
     return getattr(torch, names[_dtype(meta)])
 
 
@@ -313,7 +335,9 @@ def _number(position: int, value: Any, prototype: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "size", 2) == 1:
         value = value.item()
     wanted = bool if isinstance(prototype, bool) else float if isinstance(prototype, float) else int
-    if isinstance(value, bool) != (wanted is bool) or not isinstance(value, int if wanted is not float else float | int):
+    if isinstance(value, bool) != (wanted is bool) or not isinstance(
+        value, int if wanted is not float else float | int
+    ):
         raise InputError(f"input {position}: {value!r} is no {wanted.__name__}")
     return value
 
@@ -322,7 +346,9 @@ def _check_input(position: int, info: TensorInfo, dtype: str, array: np.ndarray[
     if dtype != info.dtype:
         raise InputError(f"input {position}: dtype {dtype}, expected {info.dtype}")
     if array.ndim != len(info.sizes):
-        raise InputError(f"input {position}: rank {array.ndim} with shape {list(array.shape)}, expected rank {len(info.sizes)}")
+        raise InputError(
+            f"input {position}: rank {array.ndim} with shape {list(array.shape)}, expected rank {len(info.sizes)}"
+        )
     for axis, (size, bound) in enumerate(zip(array.shape, info.sizes, strict=True)):
         if size > bound or (not info.dynamic and size != bound):
             limit = "at most" if info.dynamic else "exactly"

@@ -30,7 +30,9 @@ def require(operators: Sequence[Operator]) -> None:
     missing = [op.full_name for op in operators if _PRIM.get(op.full_name) is None and not _resolvable(op)]
     if missing:
         why = "" if available() else " and torch is not installed"
-        raise UnsupportedError(f"operators {missing} stayed outside the WebGPU delegate{why or ' and torch does not know them'}. {_HINT}")
+        raise UnsupportedError(
+            f"operators {missing} stayed outside the WebGPU delegate{why or ' and torch does not know them'}. {_HINT}"
+        )
 
 
 def _resolvable(op: Operator) -> bool:
@@ -44,11 +46,22 @@ def _overload(op: Operator) -> Any:
     return None if packet is None else getattr(packet, op.overload or "default", None)
 
 
-def run(op: Operator, args: Sequence[int], slots: list[Any], dtypes: Callable[[int], Any], resolve: Callable[[Any], Any]) -> None:
+def inputs(op: Operator, args: Sequence[int]) -> list[int]:
+    """The value indices among a call's arguments that it reads (or changes in place), results left out."""
+    if op.full_name in _PRIM:
+        return list(args[:-1])
+    schema = _overload(op)._schema
+    return [index for index, argument in zip(args, schema.arguments, strict=False) if not argument.is_out]
+
+
+def run(
+    op: Operator, args: Sequence[int], slots: list[Any], dtypes: Callable[[int], Any], resolve: Callable[[Any], Any]
+) -> None:
     """Execute one kernel call.
 
     Args:
-        op, args: operator and value indices as the program has them: inputs, then results (which the program may repeat).
+        op, args: operator and value indices as the program has them: inputs, then results (which the program may
+        repeat).
         slots: values by index; results are stored here as torch tensors or numbers.
         dtypes: value index -> torch dtype of a tensor value.
         resolve: turns a list value of the program into a list of slot contents.

@@ -1,4 +1,5 @@
-"""A plan: all dispatches of a method for one set of sizes, with pipelines, bind groups and buffers, ready to be encoded."""
+"""A plan: all dispatches of a method for one set of sizes, with pipelines, bind groups and buffers, ready to be
+encoded."""
 
 from __future__ import annotations
 
@@ -66,7 +67,9 @@ class NodeCache:
         for output in node.outputs:  # sizes of results decide buffer sizes, whether a kernel looked at them or not
             for dim in self.graph.values[output].shape:
                 ctx.int(dim)
-        return Lowered(tuple(dispatches), ctx.scratch_values, tuple(ctx.checks), tuple(ctx.element_checks), frozenset(ctx.used))
+        return Lowered(
+            tuple(dispatches), ctx.scratch_values, tuple(ctx.checks), tuple(ctx.element_checks), frozenset(ctx.used)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,9 @@ class Planner:
             if root not in where and self.graph.values[root].kind in ("constant", "mutable"):
                 where[root] = self.fixed(root)
         placed = [
-            (number, dispatch, self._place_live(dispatch)) for number, node in enumerate(lowered) for dispatch in node.dispatches
+            (number, dispatch, self._place_live(dispatch))
+            for number, node in enumerate(lowered)
+            for dispatch in node.dispatches
         ]
         live_buffer = self.live.ready()
         params, offsets, kernels = self._pack(placed)
@@ -149,7 +154,9 @@ class Planner:
             sum(size for storage, size in sizes.items() if isinstance(storage, tuple)),
         )
 
-    def _liveness(self, lowered: list[Lowered], free: Callable[[Sym], int]) -> tuple[dict[Storage, int], dict[Storage, tuple[int, int]]]:
+    def _liveness(
+        self, lowered: list[Lowered], free: Callable[[Sym], int]
+    ) -> tuple[dict[Storage, int], dict[Storage, tuple[int, int]]]:
         """Byte sizes, and (first, last) node index, of every pooled storage."""
         graph, end = self.graph, len(self.graph.nodes)
         sizes: dict[Storage, int] = {}
@@ -187,7 +194,9 @@ class Planner:
         window, slots = self.live.place(list(wanted.values()))
         return window, dict(zip(wanted, slots, strict=True))
 
-    def _pack(self, placed: list[tuple[int, Dispatch, tuple[int, dict[str, int]]]]) -> tuple[Any, list[int], list[Kernel]]:
+    def _pack(
+        self, placed: list[tuple[int, Dispatch, tuple[int, dict[str, int]]]]
+    ) -> tuple[Any, list[int], list[Kernel]]:
         """One uniform buffer with the params of all dispatches, the offset of each, and the compiled kernels."""
         align = max(self.device.limits.uniform_alignment, 16)
         blob, offsets, kernels = bytearray(), [], []
@@ -216,13 +225,22 @@ class Planner:
             storage: Storage = (number, index) if index >= len(self.graph.values) else self.graph.root(index)
             buffer = where.get(storage)
             if buffer is None:
-                raise DeviceError(f"{dispatch.node}: kernel {dispatch.kernel} is bound to value %{index}, which has no storage")
+                raise DeviceError(
+                    f"{dispatch.node}: kernel {dispatch.kernel} is bound to value %{index}, which has no storage"
+                )
             return buffer, sizes.get(storage, buffer.size)
 
         return resolve
 
     def _bind(
-        self, kernel: Kernel, dispatch: Dispatch, resolve: Callable[[int], tuple[Any, int]], params: Any, offset: int, live: Any, window: int
+        self,
+        kernel: Kernel,
+        dispatch: Dispatch,
+        resolve: Callable[[int], tuple[Any, int]],
+        params: Any,
+        offset: int,
+        live: Any,
+        window: int,
     ) -> Any:
         interface = kernel.interface
         unknown = set(dispatch.bindings) - set(interface.bindings)
@@ -243,12 +261,16 @@ class Planner:
                     )
                 resource = {"buffer": buffer, "offset": 0, "size": size}
             elif binding.writes:
-                raise DeviceError(f"{dispatch.node}: {dispatch.kernel}.wgsl writes {binding.name}, but nothing is bound to it")
+                raise DeviceError(
+                    f"{dispatch.node}: {dispatch.kernel}.wgsl writes {binding.name}, but nothing is bound to it"
+                )
             else:
                 resource = {"buffer": self.device.null_buffer, "offset": 0, "size": 256}
             entries.append({"binding": binding.index, "resource": resource})
         try:
-            group = self.device.gpu.create_bind_group(label=f"{dispatch.node} {dispatch.kernel}", layout=kernel.layout, entries=entries)
+            group = self.device.gpu.create_bind_group(
+                label=f"{dispatch.node} {dispatch.kernel}", layout=kernel.layout, entries=entries
+            )
         except Exception as error:
             raise DeviceError(f"{dispatch.node}: binding {dispatch.kernel} failed: {error}") from error
         self.device.counters.bind_groups += 1
@@ -258,7 +280,8 @@ class Planner:
 def assign(sizes: dict[Storage, int], span: dict[Storage, tuple[int, int]]) -> tuple[dict[Storage, int], list[int]]:
     """Share slots among storages whose lifetimes do not meet.
 
-    Returns (storage -> slot, byte size of each slot). Best fit: the smallest free slot that is large enough, else the largest
+    Returns (storage -> slot, byte size of each slot). Best fit: the smallest free slot that is large enough, else the
+    largest
     free one, which grows.
     """
     order = sorted(sizes, key=lambda s: (span[s][0], -sizes[s], str(s)))
@@ -282,5 +305,3 @@ def assign(sizes: dict[Storage, int], span: dict[Storage, tuple[int, int]]) -> t
         busy_until[slot] = last
         slots[storage] = slot
     return slots, slot_sizes
-
-

@@ -91,7 +91,8 @@ class Program:
             state: mutable buffers of another method of this program to share; None for own ones.
         Raises:
             InputError: no such method.
-            MissingDataError, DeviceError, UnsupportedError: it cannot run here; everything that was uploaded for it is freed.
+            MissingDataError, DeviceError, UnsupportedError: it cannot run here; everything that was uploaded for it
+            is freed.
         """
         device = self.runtime.device
         fresh = self._weights is None

@@ -315,7 +315,7 @@ class Program(SegmentedFile):
 
     def _load_program_segments(self, root: Table, extent: _Extent) -> None:
         tables = root.tables(4)
-        if tables and not extent.segment_base:
+        if not extent.segment_base and any(table.integer(1, "Q") for table in tables):  # empty ones need no place
             raise ProgramFormatError(
                 f"{self.label}: the program has {len(tables)} segments but no {_HEADER_MAGIC!r} header that says "
                 "where they are; the file is damaged, copy or export it again"

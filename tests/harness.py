@@ -29,7 +29,8 @@ def device(name: str) -> Device:
 class GraphBuilder:
     """Builds a graph node by node for operator tests.
 
-    b = GraphBuilder(); x = b.input("f32", (2, 3)); y = b.node("aten.neg.default", {"self": x}, ("f32", (2, 3))); b.graph(y)
+    b = GraphBuilder(); x = b.input("f32", (2, 3)); y = b.node("aten.neg.default", {"self": x}, ("f32", (2, 3)));
+    b.graph(y)
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,9 @@ class GraphBuilder:
         self.data[name] = np.ascontiguousarray(array).tobytes()
         return self._add(Value(kind, dtype, array.shape, name, data=name))
 
-    def node(self, op: str, args: Mapping[str, Arg], *outs: tuple[str, Sequence[Any]], alias: Sequence[Ref | None] = ()) -> Any:
+    def node(
+        self, op: str, args: Mapping[str, Arg], *outs: tuple[str, Sequence[Any]], alias: Sequence[Ref | None] = ()
+    ) -> Any:
         """Append a node; returns the Ref of its output (a tuple of them for several)."""
         alias = [*alias, *[None] * (len(outs) - len(alias))]
         refs = tuple(
@@ -73,6 +76,9 @@ def run(builder: GraphBuilder, graph: Graph, on: Device, *inputs: Any) -> list[A
     """Execute once and return numpy arrays (bfloat16 as float32)."""
     delegate = builder.load(graph, on)
     try:
-        return [to_user(d, a, False) if not isinstance(a, int) else a for d, a in delegate.execute([to_host(x) for x in inputs])]
+        return [
+            to_user(d, a, False) if not isinstance(a, int) else a
+            for d, a in delegate.execute([to_host(x) for x in inputs])
+        ]
     finally:
         delegate.close()

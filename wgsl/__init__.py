@@ -1,12 +1,16 @@
 """Shaders: one plain `.wgsl` file a kernel. This module loads, reflects and composes them; it imports no GPU library.
 
-A file is the single source of truth of its kernel: bindings, access modes, the fields of `struct Params` and the overrides are
-reflected from its text. What varies is appended by `compose` as WGSL declarations: element types (`alias`), constants, and the
+A file is the single source of truth of its kernel: bindings, access modes, the fields of `struct Params` and the
+overrides are
+reflected from its text. What varies is appended by `compose` as WGSL declarations: element types (`alias`),
+constants, and the
 bodies of elementwise kernels. Conventions:
 
 - one entry point, `main`; group 0 only.
-- `var<uniform> params: Params;` with `struct Params { field: u32|i32|f32|vec4<u32>|vec4<i32>|vec4<f32>|array<vec4<u32|i32>, N>, ... }`.
-- `var<uniform> live: array<vec4<i32>, 16>;` where the kernel reads live scalars. A Params field (u32) holds the slot; the function
+- `var<uniform> params: Params;` with `struct Params { field:
+u32|i32|f32|vec4<u32>|vec4<i32>|vec4<f32>|array<vec4<u32|i32>, N>, ... }`.
+- `var<uniform> live: array<vec4<i32>, 16>;` where the kernel reads live scalars. A Params field (u32) holds the slot;
+the function
   `live_value(slot: u32) -> i32` is appended for kernels that declare `live`.
 """
 
@@ -20,7 +24,8 @@ from functools import cache
 from importlib import resources
 
 LIVE_SLOTS = 64
-"""Live scalars that one dispatch can see: the size of the `live` window (256 bytes, WebGPU's default uniform alignment)."""
+"""Live scalars that one dispatch can see: the size of the `live` window (256 bytes, WebGPU's default uniform
+alignment)."""
 
 _BINDING = re.compile(r"@group\(0\)\s*@binding\((\d+)\)\s*var<(\w+)(?:\s*,\s*(\w+))?>\s*(\w+)\s*:\s*([^;]+);")
 _PARAMS = re.compile(r"struct\s+Params\s*\{([^}]*)\}", re.S)
@@ -72,7 +77,9 @@ class Interface:
         """The bytes of `struct Params`; every field must be given, none may be left over (ValueError)."""
         names = {f.name for f in self.params}
         if names != set(values):
-            raise ValueError(f"{where}: params differ from struct Params: missing {names - set(values)}, unknown {set(values) - names}")
+            raise ValueError(
+                f"{where}: params differ from struct Params: missing {names - set(values)}, unknown {set(values) - names}"
+            )
         out = bytearray(self.params_size)
         for f in self.params:
             value = values[f.name]
@@ -93,7 +100,8 @@ def source(kernel: str) -> str:
 
 
 def kernels() -> tuple[str, ...]:
-    """The names of all kernels, sorted. A file without an entry point is a part that is appended to kernels as `body`."""
+    """The names of all kernels, sorted. A file without an entry point is a part that is appended to kernels as
+    `body`."""
     folder = resources.files(__package__)
     names = sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".wgsl"))
     return tuple(name for name in names if "@compute" in source(name))

@@ -1,6 +1,7 @@
 """Passes over records: each takes a graph and returns an equal, cheaper one. No torch is needed here.
 
-`OPTIONAL` passes can be switched off by name (`WebGPUPartitioner(disable_passes=...)`); the others are part of the translation.
+`OPTIONAL` passes can be switched off by name (`WebGPUPartitioner(disable_passes=...)`); the others are part of the
+translation.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Attention in one canonical form, `webgpu.attention`, and what stands around it taken into the kernel.
 
-Exporters wrap attention in work on the whole KV cache: casts to float32, permutes between [B,S,H,D] and [B,H,S,D], repeats of KV heads.
-The kernel reads any of these forms from the cache itself, so the wrapping is peeled off: otherwise each token would copy the cache.
+Exporters wrap attention in work on the whole KV cache: casts to float32, permutes between [B,S,H,D] and [B,H,S,D],
+repeats of KV heads.
+The kernel reads any of these forms from the cache itself, so the wrapping is peeled off: otherwise each token would
+copy the cache.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def canonical_attention(graph: Graph) -> Graph:
 
 
 def _split_with_cache(graph: Graph, node: Node) -> list[Node]:
-    """Write K and V to their caches, then attend to the new caches. `seq_len` is only a check of the original: it repeats S."""
+    """Write K and V to their caches, then attend to the new caches. `seq_len` is only a check of the original: it
+    repeats S."""
     args = node.args
     output, key_cache, value_cache = node.outputs
     writes = [
@@ -51,7 +54,8 @@ def _split_with_cache(graph: Graph, node: Node) -> list[Node]:
 
 
 def peel_attention(graph: Graph) -> Graph:
-    """Let attention read caches, queries and results in the form they have, without casts, permutes and repeats around it."""
+    """Let attention read caches, queries and results in the form they have, without casts, permutes and repeats
+    around it."""
     links = Links(graph)
     folded: set[int] = set()  # results of nodes that an attention before them took over
 
@@ -122,7 +126,8 @@ def _step(links: Links, node: Node, layout: str, repeats: bool) -> tuple[Arg, st
 def _repeated(links: Links, node: Node, layout: str) -> Ref | None:
     """The tensor whose KV heads a node repeats, each n times in a row, or None.
 
-    Two spellings: `repeat_interleave(x, n, heads)`, and view(clone(expand(unsqueeze(x)))) with the new axis after the heads.
+    Two spellings: `repeat_interleave(x, n, heads)`, and view(clone(expand(unsqueeze(x)))) with the new axis after the
+    heads.
     """
     heads = layout.index("h")
     if node.op == "aten.repeat_interleave.self_int":
@@ -156,7 +161,8 @@ def _repeated(links: Links, node: Node, layout: str) -> Ref | None:
 
 
 def _peel_output(links: Links, node: Node) -> Node:
-    """The attention with the casts and permutes of its result folded in, as long as each is the only reader of what it changes."""
+    """The attention with the casts and permutes of its result folded in, as long as each is the only reader of what
+    it changes."""
     while True:
         follower = links.only_reader(node.outputs[0])
         if follower is None:

@@ -42,7 +42,8 @@ def remove_unused(graph: Graph) -> Graph:
 
 
 def merge_equal_nodes(graph: Graph) -> Graph:
-    """Compute once what several nodes compute from the same values (every layer slices and casts the same rotary tables).
+    """Compute once what several nodes compute from the same values (every layer slices and casts the same rotary
+    tables).
 
     Records are in single-assignment form here: a mutable value read before and after its update is two values, so equal
     arguments mean equal results.
@@ -53,7 +54,11 @@ def merge_equal_nodes(graph: Graph) -> Graph:
     for original in graph.nodes:
         node = rename(original, mapping)
         # repr tells 1, 1.0 and True apart, which compare equal
-        key = (node.op, repr(sorted(node.args.items())), tuple((graph.values[o].dtype, graph.values[o].shape) for o in node.outputs))
+        key = (
+            node.op,
+            repr(sorted(node.args.items())),
+            tuple((graph.values[o].dtype, graph.values[o].shape) for o in node.outputs),
+        )
         same = known.get(key)
         if same is None:
             known[key] = node
@@ -81,7 +86,12 @@ def cancel_permutes(graph: Graph) -> Graph:
         order = permutation(links, node)
         inner = links.made_by(node.args.get("self")) if order is not None else None
         first = permutation(links, inner) if inner is not None else None
-        if order is None or inner is None or first is None or tuple(first[i] for i in order) != tuple(range(len(order))):
+        if (
+            order is None
+            or inner is None
+            or first is None
+            or tuple(first[i] for i in order) != tuple(range(len(order)))
+        ):
             continue
         source = inner.args["self"]
         if isinstance(source, Ref):

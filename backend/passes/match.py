@@ -35,7 +35,9 @@ def uncast(links: Links, arg: Arg) -> Arg:
         if node is None:
             return arg
         source = node.args["self"]
-        widens = links.value(source).dtype in ("f16", "bf16", links.value(arg).dtype) and links.value(arg).dtype in FLOATS
+        widens = (
+            links.value(source).dtype in ("f16", "bf16", links.value(arg).dtype) and links.value(arg).dtype in FLOATS
+        )
         if not widens:
             return arg
         arg = source

@@ -12,7 +12,8 @@ from .rewrite import Links, map_nodes
 def fuse_rms_norm(graph: Graph) -> Graph:
     """weight * (x * rsqrt(mean(x^2) + eps)), with or without the weight, casts between the steps included.
 
-    What is fused computes in float32 throughout and rounds once, where the spelled-out form of a float16 model rounds twice.
+    What is fused computes in float32 throughout and rounds once, where the spelled-out form of a float16 model rounds
+    twice.
     """
     links = Links(graph)
 
@@ -43,7 +44,11 @@ def uncast_narrow(links: Links, arg: Arg) -> Arg:
 
 
 def _is_weight(links: Links, arg: Arg, x: Arg) -> bool:
-    return isinstance(arg, Ref) and links.value(arg).shape == links.value(x).shape[-1:] and links.value(arg).dtype in ("f32", "f16", "bf16")
+    return (
+        isinstance(arg, Ref)
+        and links.value(arg).shape == links.value(x).shape[-1:]
+        and links.value(arg).dtype in ("f32", "f16", "bf16")
+    )
 
 
 def _normalised(links: Links, arg: Arg) -> tuple[Arg, float] | None:

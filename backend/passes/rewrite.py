@@ -89,5 +89,3 @@ def rename(node: Node, mapping: Mapping[int, int]) -> Node:
     if not any(value in mapping for value in node.inputs()):
         return node
     return replace(node, args={name: substitute(arg, mapping) for name, arg in node.args.items()})
-
-

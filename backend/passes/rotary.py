@@ -25,7 +25,8 @@ class _Rope:
 def fuse_rope(graph: Graph) -> Graph:
     """Interleaved pairs (Llama checkpoints), half-split pairs (Hugging Face), and partial rotary of either.
 
-    A cast of x to float32 before and of the result back after are folded in; a permute [B,S,H,D] -> [B,H,S,D] of x is moved behind, where
+    A cast of x to float32 before and of the result back after are folded in; a permute [B,S,H,D] -> [B,H,S,D] of x is
+    moved behind, where
     attention and cache writes take it in.
     """
     links = Links(graph)
@@ -69,7 +70,10 @@ def _build(links: Links, editor: Editor, node: Node, found: _Rope) -> list[Node]
         shape = links.value(source).shape
         turned = editor.temp(Ref(node.outputs[0]), f"{node.name}.bshd", shape=shape)
         rope = Node("webgpu.rope", {"input": source, **args, "layout": "bshd"}, (turned.value,), node.name)
-        return [rope, Node("aten.permute_copy.default", {"self": turned, "dims": (0, 2, 1, 3)}, node.outputs, node.name)]
+        return [
+            rope,
+            Node("aten.permute_copy.default", {"self": turned, "dims": (0, 2, 1, 3)}, node.outputs, node.name),
+        ]
     return [replace(node, op="webgpu.rope", args={"input": x, **args, "layout": layout})]
 
 
@@ -79,7 +83,10 @@ def _layout(links: Links, found: _Rope) -> str | None:
     if len(x) != 4 or len(table) > 4:
         return None
     table = (1,) * (4 - len(table)) + table
-    if table[0] != 1 or links.value(found.sin).shape[-len(links.value(found.cos).shape) :] != links.value(found.cos).shape:
+    if (
+        table[0] != 1
+        or links.value(found.sin).shape[-len(links.value(found.cos).shape) :] != links.value(found.cos).shape
+    ):
         return None
     if table[2] == 1 and table[1] == x[1]:
         return "bshd"
@@ -89,7 +96,8 @@ def _layout(links: Links, found: _Rope) -> str | None:
 
 
 def _table(links: Links, arg: Arg) -> tuple[Arg, Arg]:
-    """(whole table, first row) behind the rows in use: reshapes of a slice of a [rows, width] table; else the rows themselves and 0."""
+    """(whole table, first row) behind the rows in use: reshapes of a slice of a [rows, width] table; else the rows
+    themselves and 0."""
     current = uncast(links, arg)
     while True:
         node = links.made_by(current, *VIEW, *UNSQUEEZE)
@@ -152,13 +160,17 @@ def _key(arg: Arg) -> object:
 
 
 def _element_of_pair(links: Links, arg: Arg, which: int) -> Arg:
-    """x [.., D] if `arg` is its elements `which`, `which` + 2, ...: squeeze(slice(view(x, [.., D/2, 2]), last axis, which))."""
+    """x [.., D] if `arg` is its elements `which`, `which` + 2, ...: squeeze(slice(view(x, [.., D/2, 2]), last axis,
+    which))."""
     node = links.made_by(arg, *SQUEEZE, *VIEW, "aten.select_copy.int", "aten.select.int")
     if node is None:
         return None
     if node.op.startswith("aten.select"):
         pairs, index = node.args["self"], node.args["index"]
-        if index != which or int(str(node.args["dim"])) % len(links.value(pairs).shape) != len(links.value(pairs).shape) - 1:
+        if (
+            index != which
+            or int(str(node.args["dim"])) % len(links.value(pairs).shape) != len(links.value(pairs).shape) - 1
+        ):
             return None
     else:
         piece = sliced(links, node.args["self"], -1)
@@ -178,7 +190,12 @@ def _half_split(links: Links, arg: Arg) -> _Rope | None:
         for x, cos in operands(links.made_by(straight, *MUL)):
             for rotated, sin in operands(links.made_by(turned, *MUL)):
                 size = links.value(x).shape[-1] if isinstance(x, Ref) else None
-                if isinstance(size, int) and _is_rotated(links, rotated, x, size // 2) and isinstance(cos, Ref) and isinstance(sin, Ref):
+                if (
+                    isinstance(size, int)
+                    and _is_rotated(links, rotated, x, size // 2)
+                    and isinstance(cos, Ref)
+                    and isinstance(sin, Ref)
+                ):
                     return _Rope(x, cos, sin, False, size)
     return None
 
@@ -208,4 +225,3 @@ def _partial(links: Links, node: Node) -> _Rope | None:
     if turned is None or turned[0] != rest[0] or turned[1:] != (0, inner.rot) or rest[1:] != (inner.rot, size):
         return None
     return replace(inner, x=rest[0])
-

@@ -1,4 +1,5 @@
-"""Which values share a buffer: views, in-place writes of mutable values, and the final copies where writing in place is unsafe."""
+"""Which values share a buffer: views, in-place writes of mutable values, and the final copies where writing in place
+is unsafe."""
 
 from __future__ import annotations
 
@@ -12,8 +13,10 @@ from .rewrite import Editor, Links
 def assign_storage(graph: Graph) -> Graph:
     """Set `Value.alias` and append the copies that remain.
 
-    A result takes over the buffer of an argument in place if the operator can do so and nothing reads the old content afterwards: no
-    later node, no output, not another argument of the same node. A mutation whose source does not end up in its target's
+    A result takes over the buffer of an argument in place if the operator can do so and nothing reads the old content
+    afterwards: no
+    later node, no output, not another argument of the same node. A mutation whose source does not end up in its
+    target's
     buffer becomes a copy after everything else.
     """
     storage = _Storage(graph)
@@ -64,7 +67,8 @@ class _Storage:
 def _copy_back(graph: Graph) -> Graph:
     """Append copies for mutations that did not happen in place.
 
-    A copy must not disturb what is still to be read: sources and outputs that live in another mutable value's buffer are saved
+    A copy must not disturb what is still to be read: sources and outputs that live in another mutable value's buffer
+    are saved
     to temporaries first.
     """
     pending = [(target, source) for target, source in graph.mutations if graph.root(source) != graph.root(target)]
@@ -93,5 +97,3 @@ def _copy_back(graph: Graph) -> Graph:
 
 def _copy(target: int, source: int, output: int) -> Node:
     return Node("aten.copy.default", {"self": Ref(target), "src": Ref(source)}, (output,), "copy")
-
-

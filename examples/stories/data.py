@@ -3,12 +3,14 @@
 A story introduces a few people and interleaves facts about them (home town, job, pet, belongings and where they were
 left, presents, favourite food, instrument, month of birth) with filler sentences. Every kind of fact normally occurs
 for several people, so an answer can be found only by looking up the right sentence, often hundreds of tokens back.
+A fact is always stated by the same clause (``Mia lived in York``), alone or inside a longer sentence, and the answer to
+a question repeats that clause as a sentence.
 
 Plain text format of a whole document (one paragraph of story, then one line per question and per answer)::
 
     Once upon a time, there were three friends: Mia, Tom and Eve. ... They all lived happily ever after.
     Question: Where did Mia live?
-    Answer: York
+    Answer: Mia lived in York.
     Question: ...
     Answer: ...
 
@@ -105,7 +107,15 @@ _FILLERS = (
     "{p} was late again, but {q} did not mind.",
 )
 _FILLER_LEADS = ("That {part}, ", "A little later, ", "Meanwhile, ", "Then ", "After a while, ", "Suddenly, ")
-_FACT_LEADS = ("As everyone knew, ", "It was well known that ", "People said that ", "It was true that ")
+_FACT_LEADS = (
+    "As everyone knew, ", "It was well known that ", "People said that ", "It was true that ", "In those days ",
+    "Nobody was surprised that ", "The old miller remembered that ", "Strange as it was, ",
+)  # fmt: skip
+_FACT_TAILS = (
+    ", and that was no secret", ", and everyone knew it", ", or so they said", ", and nobody asked why",
+    ", which made people smile", " in those days", ", just like in the old songs",
+)  # fmt: skip
+_FACT_JOINTS = (" and ", ", while ", ", but ", "; ", ", and ")
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ class Story:
         text: The story, a single paragraph without newlines.
         questions: ``(question, answer)`` pairs in a random order in which every fact is asked about once before any
             fact is asked about a second time.
-        evidence: For each question, the sentence of `text` that holds the answer.
+        evidence: For each question, the sentence of `text` whose clause the answer repeats.
     """
 
     text: str
@@ -126,145 +136,34 @@ class Story:
 
 @dataclass(frozen=True)
 class _Fact:
-    sentences: tuple[str, ...]
-    questions: tuple[tuple[str, str], ...]
-    slots: dict[str, str]
-
-
-def _a(noun: str) -> str:
-    """Prefixes a noun with the right indefinite article."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    clause: str
+    questions: tuple[str, ...]
 
 
 def _join(names: list[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-# Each kind of fact: sentences and (question, answer) templates over its slots.
-_TEMPLATES: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
-    "home": (
-        (
-            "{p} lived in {town}.",
-            "{p} had a small house in {town}.",
-            "{p} came from {town}.",
-            "The home of {p} was in {town}.",
-            "{p} had always lived in {town}, close to the water.",
-        ),
-        (
-            ("Where did {p} live?", "{town}"),
-            ("In which town did {p} live?", "{town}"),
-            ("Who lived in {town}?", "{p}"),
-        ),
-    ),
-    "job": (
-        (
-            "{p} worked as {a_job}.",
-            "{p} was {a_job}.",
-            "{p} was the best {job} for miles around.",
-            "{p} had become {a_job} many years ago.",
-            "{p} was {a_job} and loved {his} work.",
-        ),
-        (
-            ("What was {p}'s job?", "{job}"),
-            ("What work did {p} do?", "{job}"),
-            ("Who was the {job}?", "{p}"),
-            ("Who worked as {a_job}?", "{p}"),
-        ),
-    ),
+# Each kind of fact: its clause and the questions that the clause answers.
+_TEMPLATES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "home": ("{p} lived in {town}", ("Where did {p} live?", "In which town did {p} live?", "Who lived in {town}?")),
+    "job": ("{p} worked as a {job}", ("What was {p}'s job?", "What work did {p} do?", "Who worked as a {job}?")),
     "pet": (
-        (
-            "{p} had {a_animal} named {pet}.",
-            "{p} kept {a_animal}, and its name was {pet}.",
-            "{p} took good care of {his} {animal} {pet}.",
-            "{p} went everywhere with {his} {animal} {pet}.",
-            "The {animal} of {p} was called {pet}.",
-        ),
-        (
-            ("What pet did {p} have?", "{animal}"),
-            ("What was the name of {p}'s pet?", "{pet}"),
-            ("What kind of animal was {pet}?", "{animal}"),
-            ("Whose pet was {pet}?", "{p}"),
-            ("Who had {a_animal}?", "{p}"),
-        ),
+        "{p} had a pet {animal}",
+        ("What pet did {p} have?", "Which animal did {p} have?", "Who had a pet {animal}?"),
     ),
-    "own": (
-        (
-            "{p} owned a beautiful {colour} {thing}.",
-            "{p} had bought {a_colour} {thing} at the fair.",
-            "{p} was proud of {his} {colour} {thing}.",
-            "{p} always carried {a_colour} {thing}.",
-            "The {thing} of {p} was {colour}.",
-        ),
-        (
-            ("What colour was {p}'s {thing}?", "{colour}"),
-            ("What colour was the {thing}?", "{colour}"),
-            ("Who owned the {thing}?", "{p}"),
-            ("Which {colour} thing did {p} own?", "{thing}"),
-        ),
-    ),
-    "place": (
-        (
-            "{p} left the {thing} in the {place}.",
-            "{p} forgot the {thing} in the {place}.",
-            "{p} hid the {thing} in the {place}, where it was dry.",
-            "{p} put the {thing} in the {place} and went on.",
-        ),
-        (
-            ("Where was the {thing}?", "{place}"),
-            ("Where did {p} leave the {thing}?", "{place}"),
-            ("What was left in the {place}?", "{thing}"),
-        ),
-    ),
+    "name": ("{p}'s pet was called {pet}", ("What was {p}'s pet called?", "What was the name of {p}'s pet?")),
+    "own": ("{p}'s {thing} was {colour}", ("What colour was {p}'s {thing}?", "Which colour did {p}'s {thing} have?")),
+    "place": ("{p} left the {lost} in the {place}", ("Where did {p} leave the {lost}?", "Where was the {lost}?")),
     "give": (
-        (
-            "{p} gave {a_gift} to {q}.",
-            "{p} handed {q} {a_gift} with a smile.",
-            "{q} got {a_gift} from {p}.",
-            "{p} brought {a_gift} as a present for {q}.",
-        ),
-        (
-            ("What did {p} give to {q}?", "{gift}"),
-            ("What did {q} get from {p}?", "{gift}"),
-            ("Who gave the {gift} to {q}?", "{p}"),
-            ("Who got the {gift} from {p}?", "{q}"),
-        ),
+        "{p} gave the {gift} to {q}",
+        ("What did {p} give to {q}?", "Who got the {gift} from {p}?", "Who gave the {gift} to {q}?"),
     ),
-    "food": (
-        (
-            "{p} loved to eat {food}.",
-            "{p} ate {food} every single day.",
-            "{p} liked {food} more than any other food.",
-            "Nothing tasted better to {p} than {food}.",
-        ),
-        (
-            ("What was {p}'s favourite food?", "{food}"),
-            ("What did {p} love to eat?", "{food}"),
-            ("Who loved to eat {food}?", "{p}"),
-        ),
-    ),
-    "music": (
-        (
-            "{p} played the {music}.",
-            "{p} played the {music} very well.",
-            "{p} was learning to play the {music}.",
-            "{p} had played the {music} since childhood.",
-        ),
-        (
-            ("Which instrument did {p} play?", "{music}"),
-            ("Who played the {music}?", "{p}"),
-        ),
-    ),
+    "food": ("{p} liked to eat {food}", ("What did {p} like to eat?", "Who liked to eat {food}?")),
+    "music": ("{p} played the {music}", ("Which instrument did {p} play?", "Who played the {music}?")),
     "month": (
-        (
-            "{p} was born in {month}.",
-            "The birthday of {p} was in {month}.",
-            "{p} always had a big birthday party in {month}.",
-        ),
-        (
-            ("In which month was {p} born?", "{month}"),
-            ("When was {p}'s birthday?", "{month}"),
-            ("Who was born in {month}?", "{p}"),
-        ),
+        "{p} was born in {month}",
+        ("When was {p} born?", "In which month was {p} born?", "Who was born in {month}?"),
     ),
 }
 
@@ -282,17 +181,19 @@ def _draw_facts(rng: random.Random, people: list[str], kinds: list[str]) -> list
         name: rng.sample(values, n)
         for name, values in (
             ("town", _TOWNS), ("job", _JOBS), ("animal", _ANIMALS), ("pet", _PETS), ("colour", _COLOURS),
-            ("thing", _THINGS), ("place", _PLACES), ("gift", _GIFTS), ("food", _FOODS), ("music", _INSTRUMENTS),
-            ("month", _MONTHS),
+            ("thing", _THINGS), ("lost", _THINGS), ("place", _PLACES), ("gift", _GIFTS), ("food", _FOODS),
+            ("music", _INSTRUMENTS), ("month", _MONTHS),
         )
     }  # fmt: skip
+    if rng.random() < 0.7:  # everyone has the same thing, each in another colour
+        drawn["thing"] = drawn["thing"][:1] * n
     receivers = people[1:] + people[:1]  # everyone gives one present and gets one, never their own
     facts: list[_Fact] = []
     for i, person in enumerate(people):
-        slots = {name: values[i] for name, values in drawn.items()}
-        slots |= {"p": person, "q": receivers[i], "his": "her" if person in _WOMEN else "his"}
-        slots |= {f"a_{name}": _a(slots[name]) for name in ("job", "animal", "colour", "gift")}
-        facts += [_Fact(*_TEMPLATES[kind], slots) for kind in kinds]
+        slots = {name: values[i] for name, values in drawn.items()} | {"p": person, "q": receivers[i]}
+        for kind in kinds:
+            clause, questions = _TEMPLATES[kind]
+            facts.append(_Fact(clause.format(**slots), tuple(q.format(**slots) for q in questions)))
     return facts
 
 
@@ -312,7 +213,7 @@ def make_story(seed: int, min_words: int = 75, max_words: int = 270) -> Story:
     """
     rng = random.Random(seed)
     target = rng.randint(min_words, max_words)
-    n_people = rng.randint(2, 3) if target < 60 else rng.randint(3, 4 if target < 120 else 6)
+    n_people = rng.randint(2, 3) if target < 60 else rng.randint(3, 4 if target < 120 else 5)
     people = rng.sample(_WOMEN + _MEN, n_people)
     proper = set(people)
 
@@ -339,13 +240,16 @@ def make_story(seed: int, min_words: int = 75, max_words: int = 270) -> Story:
             if rng.random() < 0.35:
                 sentence = _lead(fill(rng.choice(_FILLER_LEADS)), sentence, proper)
         else:
-            fact = facts.pop()
-            sentence = rng.choice(fact.sentences).format(**fact.slots)
-            if rng.random() < 0.12:
-                sentence = _lead(rng.choice(_FACT_LEADS), sentence, proper)
-            pairs = [(q.format(**fact.slots), a.format(**fact.slots), sentence) for q, a in fact.questions]
-            rng.shuffle(pairs)
-            asked.append(pairs)
+            told = [facts.pop()]
+            if facts and rng.random() < 0.25:
+                told.append(facts.pop())
+            sentence = rng.choice(_FACT_JOINTS).join(fact.clause for fact in told)
+            if rng.random() < 0.2:
+                sentence = rng.choice(_FACT_LEADS) + sentence
+            sentence += f"{rng.choice(_FACT_TAILS)}." if rng.random() < 0.15 else "."
+            for fact in told:
+                asked.append([(question, f"{fact.clause}.", sentence) for question in fact.questions])
+                rng.shuffle(asked[-1])
         sentences.append(sentence)
         words += len(sentence.split())
     sentences.append(closing)
@@ -358,7 +262,7 @@ def make_story(seed: int, min_words: int = 75, max_words: int = 270) -> Story:
 
 
 def value_words() -> list[str]:
-    """Every word that can be an answer; a tokenizer does well to have one token for each of them."""
+    """Every name and value that a fact can have; a tokenizer does well to have one token for each of them."""
     return sorted({word for words in _VALUES for word in words})
 
 

@@ -79,7 +79,7 @@ def _make_rows(job: tuple[str, int, int, int, bool]) -> tuple[np.ndarray, np.nda
     tokens = np.full((count, length), eos, np.uint16)
     kind = np.zeros((count, length), np.uint8)
     for row in range(count):
-        story = data.make_story(first_seed + row, 30, 100) if short else data.make_story(first_seed + row)
+        story = data.make_story(first_seed + row, 30, 80) if short else data.make_story(first_seed + row)
         document = data.training_document(story, encode, bos, eos, length)
         if document is not None:
             ids, is_answer = document
@@ -169,6 +169,50 @@ def half_precision_copy(model: Llama, max_context: int) -> Llama:
     return copy
 
 
+class Muon(torch.optim.Optimizer):  # type: ignore[misc]
+    """Momentum with orthogonalised updates (Muon) for weight matrices; matrices of one shape are stacked.
+
+    Args:
+        params: Two-dimensional parameters.
+        lr: Learning rate, on the scale of AdamW's.
+        momentum: Decay of the running mean of gradients.
+        weight_decay: Decoupled weight decay.
+    """
+
+    def __init__(
+        self, params: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def step(self, closure: None = None) -> None:
+        """Updates all parameters."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[torch.Tensor]] = {}
+            for parameter in group["params"]:
+                shapes.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in shapes.items():
+                grads = torch.stack([p.grad for p in parameters])
+                mean = self.state[parameters[0]].setdefault("mean", torch.zeros_like(grads))
+                mean.lerp_(grads, 1 - group["momentum"])
+                update = orthogonalise(grads.lerp(mean, group["momentum"])) * (0.2 * max(shape) ** 0.5 * group["lr"])
+                decay = 1 - group["lr"] * group["weight_decay"]
+                for parameter, change in zip(parameters, update, strict=True):
+                    parameter.mul_(decay).sub_(change)
+
+
+def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
+    """Moves the singular values of matrices [n, rows, columns] close to 1 by a Newton-Schulz iteration."""
+    x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x if wide else x.mT).to(matrices.dtype)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,8 +221,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--init", type=Path, help="folder of a checkpoint to start from instead of random weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--documents", type=int, default=400_000, help="training documents to generate")
-    parser.add_argument("--short-documents", type=int, default=100_000, help="extra documents with short stories")
+    parser.add_argument("--short-documents", type=int, default=200_000, help="extra documents with short stories")
+    parser.add_argument("--short-context", type=int, default=256, help="tokens per short document at most")
     parser.add_argument("--short-steps", type=int, default=1500, help="first steps, on short stories only")
+    parser.add_argument("--cache", type=Path, help="file that keeps the tokenised documents for another run")
     parser.add_argument("--eval-documents", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="data processes")
     parser.add_argument("--steps", type=int, default=12_000)
@@ -189,6 +235,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--answer-weight", type=float, default=5.0, help="loss weight of answer tokens")
+    parser.add_argument("--text-weight", type=float, default=1.0, help="loss weight of all other tokens")
+    parser.add_argument("--muon", action="store_true", help="use Muon instead of AdamW for the layers' matrices")
     parser.add_argument("--eval-every", type=int, default=250)
     parser.add_argument("--target-accuracy", type=float, default=0.998, help="start cooling down once reached")
     parser.add_argument("--cooldown", type=int, default=500, help="steps of linear decay after the target is reached")
@@ -201,56 +249,74 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_documents(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Makes the training documents that the command line asks for; results as of `make_pool`."""
+Documents = tuple[np.ndarray, np.ndarray]
+"""Token ids and kinds as of `make_pool`."""
+
+
+def load_documents(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Documents, Documents]:
+    """Makes the training documents that the command line asks for: those of full length and the short ones."""
     if args.documents + args.short_documents > data.EVAL_SEED_START:
         raise SystemExit("the training seeds would run into the evaluation seeds")
-    tokens, kind = make_pool(tokenizer, data.TRAIN_SEED_START, args.documents, args.context, args.workers)
+    if args.cache and args.cache.exists():
+        with np.load(args.cache) as file:
+            return (file["tokens"], file["kind"]), (file["short_tokens"], file["short_kind"])
+    full = make_pool(tokenizer, data.TRAIN_SEED_START, args.documents, args.context, args.workers)
+    first, length = data.TRAIN_SEED_START + args.documents, args.short_context
+    short = full
     if args.short_documents:
-        first = data.TRAIN_SEED_START + args.documents
-        short = make_pool(tokenizer, first, args.short_documents, args.context, args.workers, short=True)
-        tokens, kind = np.concatenate((tokens, short[0])), np.concatenate((kind, short[1]))
-    return tokens, kind
+        short = make_pool(tokenizer, first, args.short_documents, length, args.workers, short=True)
+    if args.cache:
+        np.savez(args.cache, tokens=full[0], kind=full[1], short_tokens=short[0], short_kind=short[1])
+    return full, short
 
 
-def train(args: argparse.Namespace, tokenizer: Tokenizer, tokens: torch.Tensor, kind: torch.Tensor) -> float:
+def train(args: argparse.Namespace, tokenizer: Tokenizer, full: Documents, short: Documents) -> float:
     """Trains a model and saves its best checkpoint.
 
     Args:
         args: The command line.
         tokenizer: The tokenizer.
-        tokens: int16 [documents, context] on the training device, see `make_pool`.
-        kind: uint8, likewise.
+        full: Documents of full length.
+        short: Documents for the first steps.
 
     Returns:
         Accuracy of the saved checkpoint on the first question of each held-out document.
     """
     torch.manual_seed(args.seed)
-    device = tokens.device
+    device = torch.device(args.device)
+
+    def on_device(documents: Documents) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(documents[0].astype(np.int16)).to(device), torch.from_numpy(documents[1]).to(device)
+
+    (tokens, kind), (short_tokens, short_kind) = on_device(full), on_device(short)
     rows = make_pool(tokenizer, data.EVAL_SEED_START, args.eval_documents, args.context, 1)
-    eval_tokens, eval_kind = torch.from_numpy(rows[0].astype(np.int16)).to(device), torch.from_numpy(rows[1]).to(device)
+    eval_tokens, eval_kind = on_device(rows)
     config = LlamaConfig(
         dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, n_kv_heads=args.n_kv_heads,
         head_dim=args.head_dim, hidden_dim=args.hidden_dim, vocab_size=args.vocab_size, rope_theta=args.rope_theta,
     )  # fmt: skip
     model = (load_model(args.init) if args.init else Llama(config, args.context)).to(device).train()
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
-    decayed = [p for p in model.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, 0.98), fused=device.type == "cuda",
-    )  # fmt: skip
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
+    tables = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith("layers.")]
+    gains = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": tables, "weight_decay": args.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = []
+    if args.muon:
+        optimizers.append(Muon(matrices, lr=args.lr, weight_decay=args.weight_decay))
+    else:
+        groups.append({"params": matrices, "weight_decay": args.weight_decay})
+    optimizers.append(torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=device.type == "cuda"))
 
     def loss_of(ids: torch.Tensor, kinds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = model(ids[:, :-1])
         losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         target = kinds[:, 1:].flatten()
-        weight = (target > 0).float() + (args.answer_weight - 1) * (target == 2).float()
+        weight = args.text_weight * (target == 1).float() + args.answer_weight * (target == 2).float()
         answers = (target == 2).float()
         return (losses * weight).sum() / weight.sum(), (losses * answers).sum() / answers.sum()
 
-    step_loss = torch.compile(loss_of) if args.compile else loss_of
+    step_loss = torch.compile(loss_of, dynamic=False) if args.compile else loss_of
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
     best, cooling_from, cooling_lr, lr = -1.0, -1, 0.0, 0.0
@@ -258,13 +324,15 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer, tokens: torch.Tensor, 
     order = torch.randperm(len(tokens), device=device)
     used = 0
     for step in range(1, args.steps + 1):
-        if step <= args.short_steps and args.short_documents:
-            index = torch.randint(args.documents, len(tokens), (args.batch,), device=device)
+        if step <= args.short_steps:
+            index = torch.randint(len(short_tokens), (args.batch,), device=device)
+            ids, kinds = short_tokens[index], short_kind[index]
         else:
             if used + args.batch > len(order):
                 order, used = torch.randperm(len(tokens), device=device), 0
             index = order[used : used + args.batch]
             used += args.batch
+            ids, kinds = tokens[index], kind[index]
 
         elapsed = time.time() - start
         progress = min(1.0, max(step / args.steps, elapsed / args.max_seconds))
@@ -272,25 +340,25 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer, tokens: torch.Tensor, 
             lr = cooling_lr * max(0.0, 1 - (step - cooling_from) / args.cooldown)
         else:
             lr = args.lr * min(1.0, step / args.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
         with autocast:
-            loss, answer_loss = step_loss(tokens[index].long(), kind[index])
+            loss, answer_loss = step_loss(ids.long(), kinds)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
         last = step == args.steps or progress >= 1.0 or (cooling_from >= 0 and step >= cooling_from + args.cooldown)
         if last or step % args.eval_every == 0:
             rounded = half_precision_copy(model, args.context)
             accuracy, first_accuracy = answer_accuracy(rounded, eval_tokens, eval_kind, 64)
-            done = step * args.batch * args.context / (time.time() - start) / 1e6
             print(
                 f"step {step} {time.time() - start:.0f} s lr {lr:.2e} loss {loss.item():.3f} "
-                f"answer loss {answer_loss.item():.4f} accuracy {accuracy:.4f} first {first_accuracy:.4f} "
-                f"{done:.2f} M tokens/s",
+                f"answer loss {answer_loss.item():.4f} accuracy {accuracy:.4f} first {first_accuracy:.4f}",
                 flush=True,
             )
             if first_accuracy >= best:
@@ -310,15 +378,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     began = time.time()
     tokenizer = Tokenizer.from_file(str(args.tokenizer)) if args.tokenizer else train_tokenizer(args.vocab_size)
-    rows = load_documents(args, tokenizer)
-    tokens = torch.from_numpy(rows[0].astype(np.int16)).to(args.device)
-    kind = torch.from_numpy(rows[1]).to(args.device)
+    full, short = load_documents(args, tokenizer)
     print(
-        f"{len(tokens)} documents, {(rows[1] > 0).mean():.1%} of each row used, {(rows[1] == 2).mean():.1%} answers, "
+        f"{len(full[0])} documents, {(full[1] > 0).mean():.1%} of each row used, {(full[1] == 2).mean():.1%} answers, "
         f"{time.time() - began:.0f} s",
         flush=True,
     )
-    best = train(args, tokenizer, tokens, kind)
+    best = train(args, tokenizer, full, short)
     print(f"best accuracy {best:.4f}, {time.time() - began:.0f} s in all", flush=True)
 
 

@@ -24,7 +24,17 @@ def sample() -> Graph:
         Value("temp", "f32", (1, Sym("add", (SIZE, 1)), 8), "y"),
         Value("temp", "f16", (1, 16, 8), "cache2", alias=2),
     )
-    args = {"a": Ref(0), "b": 1, "c": 1.0, "d": True, "e": None, "f": "text", "g": POSITION, "h": (Ref(1), None, 2, 2.0, (False,)), "i": -(2**62)}
+    args = {
+        "a": Ref(0),
+        "b": 1,
+        "c": 1.0,
+        "d": True,
+        "e": None,
+        "f": "text",
+        "g": POSITION,
+        "h": (Ref(1), None, 2, 2.0, (False,)),
+        "i": -(2**62),
+    }
     return Graph(
         values, (Node("custom.op", args, (3, 4), "n"),), (0, 1), (Ref(3), SIZE, 3), ((2, 4),),
         (SymbolRange(SIZE, 1, 31), SymbolRange(POSITION, 0, None)), "model",
@@ -41,7 +51,14 @@ def test_round_trip_keeps_every_field_and_literal_type() -> None:
 
 def test_text_names_symbols_values_and_aliases() -> None:
     text = str(sample())
-    for part in ("symbol in0.shape[1] in [1, 31]", "mutable %2 cache: f16[1, 16, 8]", "in1[0]", "in %2", "mutate %2 <- %4", "return %3"):
+    for part in (
+        "symbol in0.shape[1] in [1, 31]",
+        "mutable %2 cache: f16[1, 16, 8]",
+        "in1[0]",
+        "in %2",
+        "mutate %2 <- %4",
+        "return %3",
+    ):
         assert part in text
 
 

@@ -38,7 +38,9 @@ def call(delegate: Delegate, value: float) -> list[np.ndarray]:
 def test_a_cache_is_written_in_place_and_read_after() -> None:
     b, rows, cache = builder()
     new = write(b, rows, cache, 1)
-    graph, delegate = load(b, b.graph(b.node("aten.neg.default", {"self": new}, ("f32", SHAPE)), mutations=((cache.value, new.value),)))
+    graph, delegate = load(
+        b, b.graph(b.node("aten.neg.default", {"self": new}, ("f32", SHAPE)), mutations=((cache.value, new.value),))
+    )
     assert [n.op for n in graph.nodes] == ["llama.update_cache.default", "aten.neg.default"]
     assert graph.root(graph.nodes[0].outputs[0]) == graph.mutations[0][0]
     np.testing.assert_array_equal(call(delegate, 9)[0].reshape(4, 2), [[0, -1], [-9, -9], [-4, -5], [-6, -7]])
@@ -69,7 +71,9 @@ def test_a_view_of_the_old_content_counts_as_a_reader() -> None:
     b, rows, cache = builder()
     view = b.node("aten.view_copy.default", {"self": cache, "size": (8,)}, ("f32", (8,)))
     new = write(b, rows, cache, 0)
-    _, delegate = load(b, b.graph(b.node("aten.neg.default", {"self": view}, ("f32", (8,))), mutations=((cache.value, new.value),)))
+    _, delegate = load(
+        b, b.graph(b.node("aten.neg.default", {"self": view}, ("f32", (8,))), mutations=((cache.value, new.value),))
+    )
     assert call(delegate, 9)[0].tolist() == [-0.0, -1, -2, -3, -4, -5, -6, -7]
     assert call(delegate, 8)[0].tolist() == [-9, -9, -2, -3, -4, -5, -6, -7]
 

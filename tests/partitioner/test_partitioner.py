@@ -1,4 +1,5 @@
-"""Partitioning and execution through real `.pte` files: several partitions, methods, external weights, refusals, state outside."""
+"""Partitioning and execution through real `.pte` files: several partitions, methods, external weights, refusals,
+state outside."""
 
 from __future__ import annotations
 
@@ -80,7 +81,9 @@ def test_a_cache_is_inside_as_a_whole_or_outside_as_a_whole(outside: bool) -> No
         value = torch.rand(1, 2, 1, 4) * 0.5
         expected[:, position : position + 2] = value
         reference = torch.erfinv(expected) if outside else torch.cos(expected)
-        torch.testing.assert_close(method.execute([value, torch.tensor([position])])[0], reference, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            method.execute([value, torch.tensor([position])])[0], reference, atol=1e-5, rtol=1e-4
+        )
     if outside:
         assert "must stay outside as a whole" in partitioner.refused["auto_functionalized_v2"]
     else:
@@ -178,7 +181,12 @@ class Shapes(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, unused: torch.Tensor, y: torch.Tensor) -> tuple[Any, ...]:
         joined = torch.cat([x, y], dim=0)
-        return joined.reshape(-1), joined.shape[0] * 2, self.table[: x.shape[0] + 1] + 1.0, torch.arange(joined.shape[0])
+        return (
+            joined.reshape(-1),
+            joined.shape[0] * 2,
+            self.table[: x.shape[0] + 1] + 1.0,
+            torch.arange(joined.shape[0]),
+        )
 
 
 def test_symbolic_sizes() -> None:
