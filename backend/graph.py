@@ -237,6 +237,15 @@ class Graph:
             self._roots[index] = found
         return found
 
+    def storage_dtype(self, index: int) -> str:
+        """The dtype in which a device keeps a value: its own, but float32 for the float16 temporaries between operators.
+
+        Weights, caches and inputs of a float16 model stay float16 (they are the bytes that count); what flows between its
+        operators is not rounded at each of them, so results are closer to the exact ones than float16 arithmetic gives.
+        """
+        value = self.values[index]
+        return "f32" if value.dtype == "f16" and self.values[self.root(index)].kind == "temp" else value.dtype
+
     def value(self, arg: Arg) -> Value:
         """The value an argument names; TypeError if the argument is no `Ref`."""
         if not isinstance(arg, Ref):

@@ -112,7 +112,8 @@ def deserialize(blob: bytes | memoryview) -> Graph:
         version = root.FormatVersion()
         if version > FORMAT_VERSION:
             raise BlobError(
-                f"the blob has format version {version}, this package reads up to {FORMAT_VERSION}; update executorch-webgpu or export again"
+                f"the blob has format version {version}, this package reads up to {FORMAT_VERSION}; "
+                "update executorch-webgpu or export again"
             )
         table = fb.GraphT.InitFromObj(root)
         graph = Graph(

@@ -27,11 +27,14 @@ DTYPES = {
 _DROPPED_TYPES = (torch.layout, torch.device, torch.memory_format)
 _DROPPED_NAMES = ("layout", "device", "pin_memory", "memory_format", "dim_order", "non_blocking")
 _ALIASES_OF_INPUT = {
-    "aten.select_copy.int", "aten.select.int", "aten.slice_copy.Tensor", "aten.slice.Tensor", "aten.view_copy.default", "aten.view.default",
-    "aten.reshape.default", "aten.unsqueeze_copy.default", "aten.unsqueeze.default", "aten.squeeze_copy.dims", "aten.squeeze_copy.dim", "aten.squeeze.dims",
-    "aten.squeeze_copy.default", "aten.squeeze.default", "aten.squeeze.dim", "aten.alias_copy.default", "aten.alias.default", "aten.clone.default", "aten.expand_copy.default", "aten.expand.default",
-    "aten._to_copy.default", "dim_order_ops._to_dim_order_copy.default", "dim_order_ops._clone_dim_order.default", "aten.detach.default",
-}  # fmt: skip
+    f"aten.{name}"
+    for name in (
+        "select_copy.int", "select.int", "slice_copy.Tensor", "slice.Tensor", "view_copy.default", "view.default",
+        "reshape.default",        "unsqueeze_copy.default", "unsqueeze.default", "squeeze_copy.dims", "squeeze_copy.dim", "squeeze_copy.default",
+        "squeeze.dims", "squeeze.dim", "squeeze.default", "alias_copy.default", "alias.default", "clone.default",
+        "expand_copy.default", "expand.default", "_to_copy.default", "detach.default",
+    )
+} | {"dim_order_ops._to_dim_order_copy.default", "dim_order_ops._clone_dim_order.default"}  # fmt: skip
 """Operators through which an `item()` is followed back to an input."""
 
 _SKIPPED = ("aten._assert_scalar", "aten.sym_constrain_range", "aten._assert_async", "aten._assert_tensor_metadata")
@@ -260,7 +263,8 @@ class _Translator:
             name = op_name(node.target) if node.op == "call_function" else node.op
             if name not in _ALIASES_OF_INPUT:
                 raise Unresolved(
-                    f"the integer comes from {name}, which the host does not compute; positions must come from an input tensor"
+                    f"the integer comes from {name}, which the host does not compute; "
+                    "positions must come from an input tensor"
                 )
             source = node.args[0]
             if not isinstance(source, torch.fx.Node):

@@ -2,4 +2,16 @@
 
 from .base import Check, Dispatch, ElementCheck, Limits, Live, Lowering, Op, check_node, find, load_all, register
 
-__all__ = ["Check", "Dispatch", "ElementCheck", "Limits", "Live", "Lowering", "Op", "check_node", "find", "load_all", "register"]
+__all__ = [
+    "Check",
+    "Dispatch",
+    "ElementCheck",
+    "Limits",
+    "Live",
+    "Lowering",
+    "Op",
+    "check_node",
+    "find",
+    "load_all",
+    "register",
+]

@@ -175,7 +175,12 @@ class Lowering:
 
     def wgsl_type(self, arg: Arg) -> str:
         """The WGSL element type in which this device stores a value argument."""
-        return self.limits.wgsl_type(self.value(arg).dtype)
+        return self.stored_as(self.id(arg), self.value(arg).dtype)
+
+    def stored_as(self, index: Int, dtype: str) -> str:
+        """The WGSL element type of the value, or scratch value, with this index; `dtype` is a scratch value's."""
+        known = index < len(self.graph.values)
+        return self.limits.wgsl_type(self.graph.storage_dtype(index) if known else dtype)
 
     def out(self, node: Node, index: Int = 0) -> Ref:
         return Ref(node.outputs[index])

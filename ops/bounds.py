@@ -9,7 +9,8 @@ Bounds = tuple[Dim, Dim]
 """(lowest, highest) element, as expressions over the graph's inputs."""
 
 _SAME = (
-    "view", "reshape", "unsqueeze", "squeeze", "alias", "clone", "_to_copy", "to", "expand", "permute", "transpose", "slice", "select", "contiguous",
+    "view", "reshape", "unsqueeze", "squeeze", "alias", "clone", "_to_copy", "to", "expand", "permute", "transpose",
+    "slice", "select", "contiguous",
     "lift_fresh", "detach", "_to_dim_order_copy", "_clone_dim_order", "repeat", "flip",
 )  # fmt: skip
 """Operators whose elements are elements of their first argument."""

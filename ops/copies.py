@@ -121,13 +121,13 @@ def strided_copy(ctx: Lowering, source: Side, target: Side, axes: Iterable[Axis]
         params,
         ctx.grid_1d(count // unit, WORKGROUP),
         consts={"RANK": len(axes)},
-        types=_types(ctx, source.dtype, target.dtype, unit),
+        types=_types(ctx, source, target, unit),
         body=body,
     )
 
 
-def _types(ctx: Lowering, source: str, target: str, unit: int) -> dict[str, str]:
-    kinds = {"X": ctx.limits.wgsl_type(source), "Out": ctx.limits.wgsl_type(target)}
+def _types(ctx: Lowering, source: Side, target: Side, unit: int) -> dict[str, str]:
+    kinds = {"X": ctx.stored_as(source.value, source.dtype), "Out": ctx.stored_as(target.value, target.dtype)}
     return {name: f"vec4<{kind}>" for name, kind in kinds.items()} if unit == 4 else kinds
 
 
@@ -181,7 +181,7 @@ def indexed_copy(
         },
         ctx.grid_1d(count // unit, WORKGROUP),
         consts={"RANK": len(axes), "SCATTER": scatter},
-        types=_types(ctx, source.dtype, target.dtype, unit),
+        types=_types(ctx, source, target, unit),
         body=body,
     )
 

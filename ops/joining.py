@@ -198,7 +198,7 @@ def fill_dispatch(
     count = math.prod(target)
     if count == 0:
         return
-    kind = ctx.limits.wgsl_type(dtype)
+    kind = ctx.stored_as(out, dtype)
     floating = kind in ("f32", "f16")
     number_ = "params.fill_float" if floating else "params.fill_int"
     yield Dispatch(
@@ -215,7 +215,7 @@ def fill_dispatch(
         },
         ctx.grid_1d(count, WORKGROUP),
         consts={"RANK": len(target)},
-        types={"X": kind, "Out": kind},
+        types={"X": ctx.stored_as(own, dtype), "Out": kind},
         body=f"fn fill_value() -> Out {{ return Out({number_}); }}\n",
     )
 

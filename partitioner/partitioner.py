@@ -109,11 +109,14 @@ def separate_outputs(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-KEPT_WHOLE = frozenset((
-    "aten.linear.default", "aten.matmul.default", "aten.scaled_dot_product_attention.default", "aten.silu.default", "aten.gelu.default",
-    "aten.softmax.int", "aten.log_softmax.int", "aten.rms_norm.default", "aten.layer_norm.default", "aten.embedding.default",
-    "aten.repeat_interleave.self_int", "aten.hardswish.default", "aten.leaky_relu.default", "aten.mish.default",
-))  # fmt: skip
+KEPT_WHOLE = frozenset(
+    f"aten.{name}"
+    for name in (
+        "linear.default", "matmul.default", "scaled_dot_product_attention.default", "silu.default", "gelu.default",
+        "softmax.int", "log_softmax.int", "rms_norm.default", "layer_norm.default", "embedding.default",
+        "repeat_interleave.self_int", "hardswish.default", "leaky_relu.default", "mish.default",
+    )
+)  # fmt: skip
 """Composite operators that the exporter may leave whole. Only those with kernels of their own are worth it."""
 
 
@@ -137,12 +140,10 @@ class _Support(OperatorSupportBase):
 
 
 def propose(program: ExportedProgram, reasons: dict[torch.fx.Node, str]) -> list[Partition]:
-    """Partitions without those that hold no tensor work, and with mutable state either inside one of them or outside
-    all.
+    """Partitions that give tensors, with mutable state either inside one of them or outside all.
 
     ExecuTorch cannot split a buffer's update from the readers of its new value: such a writer is refused (added to
-    `reasons`)
-    and the partitions are proposed again.
+    `reasons`) and the partitions are proposed again.
     """
     while True:
         found = CapabilityBasedPartitioner(
@@ -163,10 +164,12 @@ def _gives_tensor(part: Partition) -> bool:
     return any(isinstance(n.meta.get("val"), torch.Tensor | tuple | list) for n in leaving)
 
 
-_READ_OUTSIDE = "it updates a buffer whose new value is read outside the delegate; the buffer must stay outside as a whole"
+_READ_OUTSIDE = (
+    "it updates a buffer whose new value is read outside the delegate; the buffer must stay outside as a whole"
+)
 _IS_OUTPUT = (
-    "it updates a buffer whose new value is also an output, which ExecuTorch cannot delegate; return a clone of the buffer, "
-    "or lower with to_edge_transform_and_lower, where the partitioner does so"
+    "it updates a buffer whose new value is also an output, which ExecuTorch cannot delegate; return a clone of the "
+    "buffer, or lower with to_edge_transform_and_lower, where the partitioner does so"
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import wgpu
 
-from ..backend.graph import ITEM_SIZE, Dim, Graph, Value, product
+from ..backend.graph import ITEM_SIZE, Dim, Value, product
 from ..wgsl import LIVE_SLOTS
 from .device import Device
 from .errors import DeviceError, MissingDataError
@@ -47,7 +47,8 @@ def fill(device: Device, buffer: Any, value: Value, data: Any) -> None:
     raw = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
     if raw.nbytes < expected:
         raise MissingDataError(
-            f"{value.name}: {expected:,} bytes expected for {value.dtype}{list(value.shape)}, the data has {raw.nbytes:,}"
+            f"{value.name}: {expected:,} bytes expected for {value.dtype}{list(value.shape)}, "
+            f"the data has {raw.nbytes:,}"
         )
     host = np.frombuffer(raw, NUMPY[value.dtype], count)
     kind = device.limits.wgsl_type(value.dtype)
@@ -102,7 +103,8 @@ class State:
         if found is not None:
             if (found[1].dtype, found[1].shape) != (value.dtype, value.shape):
                 raise DeviceError(
-                    f"state {value.name} is {found[1].dtype}{list(found[1].shape)}, but this method has {value.dtype}{list(value.shape)}"
+                    f"state {value.name} is {found[1].dtype}{list(found[1].shape)}, "
+                    f"but this method has {value.dtype}{list(value.shape)}"
                 )
             return found[0]
         size = storage_size(self.device, value.dtype, static_numel(value))
@@ -187,17 +189,19 @@ class LiveTable:
     def place(self, wanted: list[Dim]) -> tuple[int, list[int]]:
         """(byte offset of a window, slot of each expression in it)."""
         distinct = list(dict.fromkeys(wanted))
-        for index, window in enumerate(self._windows):
-            missing = [dim for dim in distinct if dim not in window]
-            if len(window) + len(missing) <= LIVE_SLOTS:
-                break
-        else:
-            index, window, missing = len(self._windows), {}, distinct
-            self._windows.append(window)
-        for dim in missing:
-            window[dim] = len(window)
-            self._last = b""
+        if not any(self._fits(window, distinct) for window in self._windows):
+            self._windows.append({})
+        index = next(i for i, window in enumerate(self._windows) if self._fits(window, distinct))
+        window = self._windows[index]
+        for dim in distinct:
+            if dim not in window:
+                window[dim] = len(window)
+                self._last = b""
         return index * _WINDOW_BYTES, [window[dim] for dim in wanted]
+
+    @staticmethod
+    def _fits(window: dict[Dim, int], wanted: list[Dim]) -> bool:
+        return len(window) + sum(dim not in window for dim in wanted) <= LIVE_SLOTS
 
     def ready(self) -> Any:
         """The buffer, large enough for all windows placed so far."""
@@ -265,8 +269,3 @@ class ReadBack:
         if self._buffer is not None:
             self.device.release(self._buffer, "read-back")
             self._buffer = None
-
-
-def mutable_values(graph: Graph) -> list[int]:
-    """Indices of the graph's mutable values."""
-    return [i for i, value in enumerate(graph.values) if value.kind == "mutable"]

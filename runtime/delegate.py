@@ -14,7 +14,7 @@ from ..ops.base import Check, ElementCheck
 from .buffers import DataSource, LiveTable, Pool, ReadBack, State, Weights
 from .device import Device
 from .errors import DeviceError, InputError
-from .host import from_storage, to_storage
+from .host import STORAGE, from_storage, to_storage
 from .plan import Plan, Planner
 
 HostArray = np.ndarray[Any, Any]
@@ -70,12 +70,12 @@ class Delegate:
         for value in self.graph.values:
             if value.kind in ("constant", "mutable") and value.alias is None:
                 count = int(np.prod([d for d in value.shape if isinstance(d, int)], dtype=np.int64))
-                size = count * (2 if self.device.limits.wgsl_type(value.dtype) == "f16" else 4)
+                size = count * STORAGE[self.device.limits.wgsl_type(value.dtype)].itemsize
                 limit = min(self.device.limits.max_binding, self.device.limits.max_buffer)
                 if size > limit:
                     raise DeviceError(
-                        f"{value.kind} {value.name} {value.dtype}{list(value.shape)} needs {size:,} bytes, but this device binds at most "
-                        f"{limit:,} ({self.device.name}); use another device or a smaller model"
+                        f"{value.kind} {value.name} {value.dtype}{list(value.shape)} needs {size:,} bytes, but this device "
+                        f"binds at most {limit:,} ({self.device.name}); use another device or a smaller model"
                     )
                 if value.data is not None:
                     self.source(value.data)  # MissingDataError before the first upload
@@ -142,7 +142,8 @@ class Delegate:
             raise InputError(f"input {position} ({value.name}): dtype {dtype}, expected {wanted}")
         if array.ndim != len(value.shape):
             raise InputError(
-                f"input {position} ({value.name}): rank {array.ndim} with shape {list(array.shape)}, expected rank {len(value.shape)}"
+                f"input {position} ({value.name}): rank {array.ndim} with shape {list(array.shape)}, "
+                f"expected rank {len(value.shape)}"
             )
 
     def _element(self, symbol: Sym, inputs: Sequence[tuple[str, HostArray]], free: Callable[[Sym], int]) -> int:
@@ -182,7 +183,8 @@ class Delegate:
             if array.size and not (item.low <= int(array.min()) and int(array.max()) <= item.high):
                 wrong = array[(array < item.low) | (array > item.high)].reshape(-1)[0]
                 raise InputError(
-                    f"input {position} ({self.graph.values[item.value].name}): {item.what}: {int(wrong)} is outside [{item.low}, {item.high}]"
+                    f"input {position} ({self.graph.values[item.value].name}): {item.what}: {int(wrong)} is outside "
+                    f"[{item.low}, {item.high}]"
                 )
 
     # -- plans
@@ -304,7 +306,7 @@ class Delegate:
 
     def _finish(self, encoder: Any, plan: Plan, env: dict[Sym, int]) -> list[tuple[str, HostArray | int]]:
         """Copy the outputs out, submit, wait, convert."""
-        shapes: list[tuple[Value, tuple[int, ...], int, int] | int] = []
+        shapes: list[tuple[str, str, tuple[int, ...], int, int] | int] = []
         total = 0
         for output in self.graph.outputs:
             if not isinstance(output, Ref):
@@ -312,15 +314,15 @@ class Delegate:
                 continue
             value = self.graph.values[output.value]
             shape = tuple(evaluate(dim, env.__getitem__) for dim in value.shape)
-            item = 2 if self.device.limits.wgsl_type(value.dtype) == "f16" else 4
-            size = -(-int(np.prod(shape, dtype=np.int64)) * item // 8) * 8
-            shapes.append((value, shape, total, size))
+            kind = self.device.limits.wgsl_type(self.graph.storage_dtype(output.value))
+            size = -(-int(np.prod(shape, dtype=np.int64)) * STORAGE[kind].itemsize // 8) * 8
+            shapes.append((value.dtype, kind, shape, total, size))
             total += size
         if total:
             target = self.read_back.reserve(total)
             for output, entry in zip(self.graph.outputs, shapes, strict=True):
-                if isinstance(output, Ref) and not isinstance(entry, int) and entry[3]:
-                    encoder.copy_buffer_to_buffer(plan.buffers[output.value], 0, target, entry[2], entry[3])
+                if isinstance(output, Ref) and not isinstance(entry, int) and entry[4]:
+                    encoder.copy_buffer_to_buffer(plan.buffers[output.value], 0, target, entry[3], entry[4])
         self.device.gpu.queue.submit([encoder.finish()])
         self.device.counters.submits += 1
         self.device.counters.dispatches += len(plan.launches)
@@ -330,9 +332,8 @@ class Delegate:
             if isinstance(entry, int):
                 results.append(("i64", entry))
                 continue
-            value, shape, offset, size = entry
-            kind = self.device.limits.wgsl_type(value.dtype)
-            results.append((value.dtype, from_storage(value.dtype, data[offset : offset + size], kind, shape)))
+            dtype, kind, shape, offset, size = entry
+            results.append((dtype, from_storage(dtype, data[offset : offset + size], kind, shape)))
         return results
 
     def close(self) -> None:

@@ -30,7 +30,10 @@ _LIMITS = {
     "storage_alignment": "min-storage-buffer-offset-alignment",
 }
 
-INSTALL_HINT = "Install your GPU vendor's Vulkan driver, or a software one (Debian and Ubuntu: `apt-get install mesa-vulkan-drivers libvulkan1`)."
+INSTALL_HINT = (
+    "Install your GPU vendor's Vulkan driver, or a software one "
+    "(Debian and Ubuntu: `apt-get install mesa-vulkan-drivers libvulkan1`)."
+)
 
 
 @dataclass

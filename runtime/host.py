@@ -10,7 +10,7 @@ import numpy as np
 
 from .errors import InputError
 
-NUMPY = {
+NUMPY: dict[str, np.dtype[Any]] = {
     "f32": np.dtype("<f4"),
     "f16": np.dtype("<f2"),
     "bf16": np.dtype("<u2"),
@@ -29,7 +29,12 @@ _NAMES = {
     "int16": "i16", "int8": "i8", "uint8": "u8", "bool": "bool",
 }  # fmt: skip
 _TORCH = {short: name for name, short in _NAMES.items()}
-STORAGE = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "i32": np.dtype("<i4"), "u32": np.dtype("<u4")}
+STORAGE: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype("<f4"),
+    "f16": np.dtype("<f2"),
+    "i32": np.dtype("<i4"),
+    "u32": np.dtype("<u4"),
+}
 """numpy's type for each WGSL storage type."""
 
 

@@ -36,8 +36,9 @@ from .pte import Program as ProgramFile
 
 BACKEND_ID = "WebGPUBackend"
 _DTYPES = {
-    ScalarType.FLOAT: "f32", ScalarType.HALF: "f16", ScalarType.BFLOAT16: "bf16", ScalarType.DOUBLE: "f64", ScalarType.LONG: "i64",
-    ScalarType.INT: "i32", ScalarType.SHORT: "i16", ScalarType.CHAR: "i8", ScalarType.BYTE: "u8", ScalarType.BOOL: "bool",
+    ScalarType.FLOAT: "f32", ScalarType.HALF: "f16", ScalarType.BFLOAT16: "bf16", ScalarType.DOUBLE: "f64",
+    ScalarType.LONG: "i64", ScalarType.INT: "i32", ScalarType.SHORT: "i16", ScalarType.CHAR: "i8", ScalarType.BYTE: "u8",
+    ScalarType.BOOL: "bool",
 }  # fmt: skip
 
 

@@ -38,22 +38,16 @@ class NodeCache:
     def __init__(self, graph: Graph, device: Device) -> None:
         self.graph = graph
         self.device = device
-        self._known: list[list[tuple[tuple[Sym, ...], dict[tuple[int, ...], Lowered]]]] = [[] for _ in graph.nodes]
+        self._known: list[dict[tuple[Sym, ...], dict[tuple[int, ...], Lowered]]] = [{} for _ in graph.nodes]
 
     def lower(self, index: int, free: Callable[[Sym], int]) -> Lowered:
-        for symbols, results in self._known[index]:
+        for symbols, results in self._known[index].items():
             hit = results.get(tuple(free(s) for s in symbols))
             if hit is not None:
                 return hit
         made = self._lower(self.graph.nodes[index], free)
         symbols = tuple(sorted(made.used, key=str))
-        for known, results in self._known[index]:
-            if known == symbols:
-                break
-        else:
-            results = {}
-            self._known[index].append((symbols, results))
-        results[tuple(free(s) for s in symbols)] = made
+        self._known[index].setdefault(symbols, {})[tuple(free(s) for s in symbols)] = made
         return made
 
     def _lower(self, node: Node, free: Callable[[Sym], int]) -> Lowered:
@@ -170,7 +164,7 @@ class Planner:
             count = 1
             for dim in value.shape:
                 count *= evaluate(dim, free)
-            sizes[root] = storage_size(self.device, value.dtype, count)
+            sizes[root] = storage_size(self.device, graph.storage_dtype(root), count)
             first, _ = span.get(root, (when, when))
             span[root] = (first, when)
 
@@ -256,8 +250,9 @@ class Planner:
                 buffer, size = resolve(dispatch.bindings[binding.name])
                 if size > self.device.limits.max_binding:
                     raise DeviceError(
-                        f"{dispatch.node}: tensor bound to {dispatch.kernel}.{binding.name} has {size:,} bytes, but this device "
-                        f"binds at most {self.device.limits.max_binding:,} ({self.device.name}); use another device or a smaller model"
+                        f"{dispatch.node}: the tensor at {dispatch.kernel}.{binding.name} has {size:,} bytes, but this device "
+                        f"binds at most {self.device.limits.max_binding:,} ({self.device.name}); "
+                        "use another device or a smaller model"
                     )
                 resource = {"buffer": buffer, "offset": 0, "size": size}
             elif binding.writes:

@@ -78,7 +78,8 @@ class Interface:
         names = {f.name for f in self.params}
         if names != set(values):
             raise ValueError(
-                f"{where}: params differ from struct Params: missing {names - set(values)}, unknown {set(values) - names}"
+                f"{where}: params differ from struct Params: missing {names - set(values)}, "
+                f"unknown {set(values) - names}"
             )
         out = bytearray(self.params_size)
         for f in self.params:

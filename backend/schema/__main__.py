@@ -24,7 +24,8 @@ def flatc() -> Path:
 def generate() -> str:
     """The generated Python code for the schema as it stands."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(flatc()), "--python", "--gen-onefile", "--gen-object-api", "-o", folder, str(HERE / "webgpu_graph.fbs")]
+        options = ["--python", "--gen-onefile", "--gen-object-api", "-o", folder]
+        command = [str(flatc()), *options, str(HERE / "webgpu_graph.fbs")]
         subprocess.run(command, check=True, capture_output=True)
         return (Path(folder) / GENERATED).read_text(encoding="utf-8")
 

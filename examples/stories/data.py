@@ -314,6 +314,39 @@ def training_document(
     return [*ids, eos_id], [*is_answer, 0]
 
 
+def recall_document(
+    seed: int, encode: Callable[[str], list[int]], bos_id: int, max_tokens: int
+) -> tuple[list[int], list[int]]:
+    """A bare exercise in looking things up: clauses of facts, then the same clauses again in another order.
+
+    Args:
+        seed: Any non-negative integer.
+        encode: Tokenises text without adding special tokens.
+        bos_id: Id put at the start.
+        max_tokens: Longest document allowed; repetitions that do not fit are left out.
+
+    Returns:
+        As `training_document`; 1 marks the last word of each repeated clause.
+    """
+    rng = random.Random(seed)
+    people = rng.sample(_WOMEN + _MEN, rng.randint(2, 5))
+    facts = _draw_facts(rng, people, rng.sample(list(_TEMPLATES), rng.choice((1, 1, 2, 3))))
+    rng.shuffle(facts)
+    clauses = [encode(f" {fact.clause}") for fact in facts[:8]]
+    stop = encode(".")
+    ids = [bos_id]
+    for clause in clauses:
+        ids += clause + stop
+    is_answer = [0] * len(ids)
+    while len(ids) < max_tokens - 10:
+        rng.shuffle(clauses)
+        for clause in clauses:
+            if len(ids) + len(clause) + 1 <= max_tokens:
+                ids += clause + stop
+                is_answer += [0] * (len(clause) - 1) + [1, 0]
+    return ids, is_answer
+
+
 def evaluation_items(
     count: int, questions_per_story: int = 4, first_seed: int = EVAL_SEED_START
 ) -> Iterator[tuple[Story, str, str, str]]:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BOS, EOS = "<|bos|>", "<|eos|>"
+STAGES = ("recall", "short", "full")
+"""The styles of documents in the order of training; see `make_pool`."""
 _CHUNK = 500  # documents per work item
 
 
@@ -62,11 +64,11 @@ def settings_for(tokenizer: Tokenizer, max_context: int) -> dict[str, Any]:
     return {"bos_id": bos, "eos_id": eos, "stop_ids": [eos, newline], "max_context": max_context}
 
 
-def _make_rows(job: tuple[str, int, int, int, bool]) -> tuple[np.ndarray, np.ndarray]:
+def _make_rows(job: tuple[str, int, int, int, str]) -> tuple[np.ndarray, np.ndarray]:
     """Tokenises a range of seeds; see `make_pool`."""
     from tokenizers import Tokenizer
 
-    tokenizer_json, first_seed, count, length, short = job
+    tokenizer_json, first_seed, count, length, style = job
     tokenizer = Tokenizer.from_str(tokenizer_json)
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     cache: dict[str, list[int]] = {}
@@ -79,8 +81,12 @@ def _make_rows(job: tuple[str, int, int, int, bool]) -> tuple[np.ndarray, np.nda
     tokens = np.full((count, length), eos, np.uint16)
     kind = np.zeros((count, length), np.uint8)
     for row in range(count):
-        story = data.make_story(first_seed + row, 30, 80) if short else data.make_story(first_seed + row)
-        document = data.training_document(story, encode, bos, eos, length)
+        seed = first_seed + row
+        if style == "recall":
+            document: tuple[list[int], list[int]] | None = data.recall_document(seed, encode, bos, length)
+        else:
+            story = data.make_story(seed, 15, 80) if style == "short" else data.make_story(seed)
+            document = data.training_document(story, encode, bos, eos, length)
         if document is not None:
             ids, is_answer = document
             tokens[row, : len(ids)] = ids
@@ -89,7 +95,7 @@ def _make_rows(job: tuple[str, int, int, int, bool]) -> tuple[np.ndarray, np.nda
 
 
 def make_pool(
-    tokenizer: Tokenizer, first_seed: int, count: int, length: int, workers: int, short: bool = False
+    tokenizer: Tokenizer, first_seed: int, count: int, length: int, workers: int, style: str = "full"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generates and tokenises documents in parallel.
 
@@ -99,14 +105,14 @@ def make_pool(
         count: Number of rows.
         length: Tokens per row.
         workers: Processes to use.
-        short: Make much shorter stories than by default, for the start of the training.
+        style: ``"full"``, ``"short"`` (much shorter stories) or ``"recall"`` (see `data.recall_document`).
 
     Returns:
         ``(tokens, kind)``, uint16 and uint8, both [count, length]: ids padded with the end-of-text id, and 0 for
         padding, 1 for text, 2 for an answer's tokens.
     """
     text = tokenizer.to_str()
-    jobs = [(text, first_seed + i, min(_CHUNK, count - i), length, short) for i in range(0, count, _CHUNK)]
+    jobs = [(text, first_seed + i, min(_CHUNK, count - i), length, style) for i in range(0, count, _CHUNK)]
     results: Iterable[tuple[np.ndarray, np.ndarray]]
     if workers <= 1:
         parts = [_make_rows(job) for job in jobs]
@@ -220,17 +226,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="existing tokenizer.json; trained afresh if not given")
     parser.add_argument("--init", type=Path, help="folder of a checkpoint to start from instead of random weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--documents", type=int, default=400_000, help="training documents to generate")
-    parser.add_argument("--short-documents", type=int, default=200_000, help="extra documents with short stories")
-    parser.add_argument("--short-context", type=int, default=256, help="tokens per short document at most")
-    parser.add_argument("--short-steps", type=int, default=1500, help="first steps, on short stories only")
+    for style, documents, context, batch, share in (
+        ("recall", 150_000, 96, 512, 0.4), ("short", 150_000, 256, 192, 0.6), ("full", 250_000, 640, 128, 1.0)
+    ):  # fmt: skip
+        parser.add_argument(f"--{style}-documents", type=int, default=documents, help="training documents")
+        parser.add_argument(f"--{style}-context", type=int, default=context, help="tokens per document at most")
+        parser.add_argument(f"--{style}-batch", type=int, default=batch, help="documents per step")
+        parser.add_argument(f"--{style}-until", type=float, default=share, help="share of the run when it ends at last")
+    parser.add_argument("--stage-loss", type=float, default=0.02, help="answer loss that ends the first two stages")
     parser.add_argument("--cache", type=Path, help="file that keeps the tokenised documents for another run")
     parser.add_argument("--eval-documents", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="data processes")
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--max-seconds", type=float, default=1e9, help="wall-clock limit for the training loop")
-    parser.add_argument("--batch", type=int, default=128, help="documents per step")
-    parser.add_argument("--context", type=int, default=640, help="tokens per document at most")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -249,35 +257,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-Documents = tuple[np.ndarray, np.ndarray]
-"""Token ids and kinds as of `make_pool`."""
-
-
-def load_documents(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Documents, Documents]:
-    """Makes the training documents that the command line asks for: those of full length and the short ones."""
-    if args.documents + args.short_documents > data.EVAL_SEED_START:
+def load_documents(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """Makes the training documents of all stages: token ids and kinds by name, e.g. ``short_tokens``, ``short_kind``."""
+    if sum(getattr(args, f"{style}_documents") for style in STAGES) > data.EVAL_SEED_START:
         raise SystemExit("the training seeds would run into the evaluation seeds")
     if args.cache and args.cache.exists():
         with np.load(args.cache) as file:
-            return (file["tokens"], file["kind"]), (file["short_tokens"], file["short_kind"])
-    full = make_pool(tokenizer, data.TRAIN_SEED_START, args.documents, args.context, args.workers)
-    first, length = data.TRAIN_SEED_START + args.documents, args.short_context
-    short = full
-    if args.short_documents:
-        short = make_pool(tokenizer, first, args.short_documents, length, args.workers, short=True)
+            return dict(file)
+    first, result = data.TRAIN_SEED_START, {}
+    for style in STAGES:
+        count, length = getattr(args, f"{style}_documents"), getattr(args, f"{style}_context")
+        result[f"{style}_tokens"], result[f"{style}_kind"] = make_pool(
+            tokenizer, first, count, length, args.workers, style
+        )
+        first += count
     if args.cache:
-        np.savez(args.cache, tokens=full[0], kind=full[1], short_tokens=short[0], short_kind=short[1])
-    return full, short
+        np.savez(args.cache, **result)
+    return result
 
 
-def train(args: argparse.Namespace, tokenizer: Tokenizer, full: Documents, short: Documents) -> float:
+def train(args: argparse.Namespace, tokenizer: Tokenizer, documents: dict[str, np.ndarray]) -> float:
     """Trains a model and saves its best checkpoint.
 
     Args:
         args: The command line.
         tokenizer: The tokenizer.
-        full: Documents of full length.
-        short: Documents for the first steps.
+        documents: As of `load_documents`.
 
     Returns:
         Accuracy of the saved checkpoint on the first question of each held-out document.
@@ -285,17 +290,17 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer, full: Documents, short
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
 
-    def on_device(documents: Documents) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.from_numpy(documents[0].astype(np.int16)).to(device), torch.from_numpy(documents[1]).to(device)
+    def on_device(tokens: np.ndarray, kind: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(tokens.astype(np.int16)).to(device), torch.from_numpy(kind).to(device)
 
-    (tokens, kind), (short_tokens, short_kind) = on_device(full), on_device(short)
-    rows = make_pool(tokenizer, data.EVAL_SEED_START, args.eval_documents, args.context, 1)
-    eval_tokens, eval_kind = on_device(rows)
+    pools = {style: on_device(documents[f"{style}_tokens"], documents[f"{style}_kind"]) for style in STAGES}
+    rows = make_pool(tokenizer, data.EVAL_SEED_START, args.eval_documents, args.full_context, 1)
+    eval_tokens, eval_kind = on_device(*rows)
     config = LlamaConfig(
         dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, n_kv_heads=args.n_kv_heads,
         head_dim=args.head_dim, hidden_dim=args.hidden_dim, vocab_size=args.vocab_size, rope_theta=args.rope_theta,
     )  # fmt: skip
-    model = (load_model(args.init) if args.init else Llama(config, args.context)).to(device).train()
+    model = (load_model(args.init) if args.init else Llama(config, args.full_context)).to(device).train()
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
     tables = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith("layers.")]
@@ -308,11 +313,11 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer, full: Documents, short
         groups.append({"params": matrices, "weight_decay": args.weight_decay})
     optimizers.append(torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=device.type == "cuda"))
 
-    def loss_of(ids: torch.Tensor, kinds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_of(ids: torch.Tensor, kinds: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = model(ids[:, :-1])
         losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         target = kinds[:, 1:].flatten()
-        weight = args.text_weight * (target == 1).float() + args.answer_weight * (target == 2).float()
+        weight = text * (target == 1).float() + args.answer_weight * (target == 2).float()
         answers = (target == 2).float()
         return (losses * weight).sum() / weight.sum(), (losses * answers).sum() / answers.sum()
 
@@ -321,40 +326,42 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer, full: Documents, short
 
     best, cooling_from, cooling_lr, lr = -1.0, -1, 0.0, 0.0
     start = time.time()
-    order = torch.randperm(len(tokens), device=device)
-    used = 0
+    stage, recent = 0, 1.0
+    text_weights = [torch.tensor(w, device=device) for w in (0.0, 0.1 * args.text_weight, args.text_weight)]
     for step in range(1, args.steps + 1):
-        if step <= args.short_steps:
-            index = torch.randint(len(short_tokens), (args.batch,), device=device)
-            ids, kinds = short_tokens[index], short_kind[index]
-        else:
-            if used + args.batch > len(order):
-                order, used = torch.randperm(len(tokens), device=device), 0
-            index = order[used : used + args.batch]
-            used += args.batch
-            ids, kinds = tokens[index], kind[index]
-
         elapsed = time.time() - start
         progress = min(1.0, max(step / args.steps, elapsed / args.max_seconds))
+        style = STAGES[stage]
+        if stage < 2 and (recent < args.stage_loss or progress > getattr(args, f"{style}_until")):
+            stage, recent = stage + 1, 1.0
+            print(f"step {step} {elapsed:.0f} s: stage {STAGES[stage]}", flush=True)
+            style = STAGES[stage]
+        tokens, kind = pools[style]
+        index = torch.randint(len(tokens), (getattr(args, f"{style}_batch"),), device=device)
+
         if cooling_from >= 0:
             lr = cooling_lr * max(0.0, 1 - (step - cooling_from) / args.cooldown)
         else:
-            lr = args.lr * min(1.0, step / args.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            lr = args.lr * min(1.0, step / args.warmup, 0.01 + (1 - progress) / 0.35)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
         with autocast:
-            loss, answer_loss = step_loss(ids.long(), kinds)
+            loss, answer_loss = step_loss(tokens[index].long(), kind[index], text_weights[stage])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+        if step % 20 == 0:
+            recent += 0.2 * (answer_loss.item() - recent)
         last = step == args.steps or progress >= 1.0 or (cooling_from >= 0 and step >= cooling_from + args.cooldown)
-        if last or step % args.eval_every == 0:
-            rounded = half_precision_copy(model, args.context)
+        if step % args.eval_every == 0 and not last and stage == 0:
+            print(f"step {step} {elapsed:.0f} s answer loss {answer_loss.item():.4f}", flush=True)
+        elif last or step % args.eval_every == 0:
+            rounded = half_precision_copy(model, args.full_context)
             accuracy, first_accuracy = answer_accuracy(rounded, eval_tokens, eval_kind, 64)
             print(
                 f"step {step} {time.time() - start:.0f} s lr {lr:.2e} loss {loss.item():.3f} "
@@ -363,7 +370,7 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer, full: Documents, short
             )
             if first_accuracy >= best:
                 best = first_accuracy
-                save_checkpoint(args.out, model, tokenizer, args.context)
+                save_checkpoint(args.out, model, tokenizer, args.full_context)
             if cooling_from < 0 and first_accuracy >= args.target_accuracy:
                 cooling_from, cooling_lr = step, lr
         if last:
@@ -378,13 +385,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     began = time.time()
     tokenizer = Tokenizer.from_file(str(args.tokenizer)) if args.tokenizer else train_tokenizer(args.vocab_size)
-    full, short = load_documents(args, tokenizer)
-    print(
-        f"{len(full[0])} documents, {(full[1] > 0).mean():.1%} of each row used, {(full[1] == 2).mean():.1%} answers, "
-        f"{time.time() - began:.0f} s",
-        flush=True,
-    )
-    best = train(args, tokenizer, full, short)
+    documents = load_documents(args, tokenizer)
+    for style in STAGES:
+        kind = documents[f"{style}_kind"]
+        print(f"{style}: {len(kind)} documents, {(kind > 0).mean():.1%} used, {(kind == 2).mean():.1%} answers")
+    print(f"{time.time() - began:.0f} s", flush=True)
+    best = train(args, tokenizer, documents)
     print(f"best accuracy {best:.4f}, {time.time() - began:.0f} s in all", flush=True)
 
 

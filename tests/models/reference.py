@@ -98,8 +98,26 @@ class PreciseOps(TorchDispatchMode):
         "llama::sdpa_with_kv_cache": _sdpa_with_kv_cache,
     }
 
+    WRITES: ClassVar[dict[str, int]] = {
+        "llama::update_cache": 0,
+        "llama::update_cache_with_indices": 0,
+        "aten::index_put_": 2,
+        "aten::index_put": 2,
+        "aten::index_copy_": 3,
+    }
+    """Operators that write caches, and which argument holds the new rows."""
+
+    def __init__(self, cache_dtype: torch.dtype | None = None) -> None:
+        """`cache_dtype`: round what is written to caches to this type, as a cache of that type does."""
+        super().__init__()
+        self.cache_dtype = cache_dtype
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        return self.OPS.get(func._schema.name, func)(*args, **(kwargs or {}))
+        name = func._schema.name
+        if self.cache_dtype is not None and name in self.WRITES and args[self.WRITES[name]].is_floating_point():
+            rows = self.WRITES[name]
+            args = (*args[:rows], args[rows].to(self.cache_dtype).to(args[rows].dtype), *args[rows + 1 :])
+        return self.OPS.get(name, func)(*args, **(kwargs or {}))
 
 
 class Reference:
@@ -107,6 +125,7 @@ class Reference:
 
     call: (tokens int64 [S], position) -> tensor or tuple of tensors, on `module`.
     precise: run the llama ops with fp64 attention instead of ExecuTorch's eager kernels.
+    cache_dtype: (attribute) round rows written to caches to this type; only with `precise`.
     buffers: the state, where it is more than the module's buffers. restart: resets state that is not in tensors.
     """
 
@@ -121,6 +140,7 @@ class Reference:
         self.module = module
         self._call = call
         self._precise = precise
+        self.cache_dtype: torch.dtype | None = None
         self._restart = restart
         self._state = buffers() if buffers is not None else list(module.buffers())
         self._initial = [buffer.detach().clone() for buffer in self._state]
@@ -138,5 +158,5 @@ class Reference:
         """tokens int64 [S] at positions position..position+S -> what the program returns for them."""
         if not self._precise:
             return self._call(tokens, position)
-        with PreciseOps():
+        with PreciseOps(self.cache_dtype):
             return self._call(tokens, position)

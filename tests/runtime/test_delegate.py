@@ -76,8 +76,8 @@ def test_two_sessions_interleaved_do_not_disturb_each_other(name: str) -> None:
     np.testing.assert_array_equal(step(second, 1, 6, 9)[0][0, :7, 0, 0], [0, -1, -2, -3, -4, -4, 9])
 
 
-def test_stale_pool_contents_never_show(name: str = "full") -> None:
-    on = device(name)
+def test_stale_pool_contents_never_show() -> None:
+    on = device("full")
     b, graph = cache_graph()
     delegate = b.load(graph, on)
     step(delegate, 8, 0)
