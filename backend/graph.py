@@ -238,10 +238,10 @@ class Graph:
         return found
 
     def storage_dtype(self, index: int) -> str:
-        """The dtype in which a device keeps a value: its own, but float32 for the float16 temporaries between operators.
+        """The dtype in which a device keeps a value: its own, but float32 for float16 temporaries between operators.
 
-        Weights, caches and inputs of a float16 model stay float16 (they are the bytes that count); what flows between its
-        operators is not rounded at each of them, so results are closer to the exact ones than float16 arithmetic gives.
+        Weights, caches and inputs of a float16 model stay float16 (they are the bytes that count); what flows between
+        its operators is not rounded at each of them, so results are closer to exact ones than float16 gives.
         """
         value = self.values[index]
         return "f32" if value.dtype == "f16" and self.values[self.root(index)].kind == "temp" else value.dtype

@@ -110,7 +110,7 @@ def model_id(graphs: Iterable[Graph]) -> str:
     return digest.hexdigest()[:32]
 
 
-class WebGPUBackend(BackendDetails):  # type: ignore[misc]
+class WebGPUBackend(BackendDetails):
     """The backend class; ExecuTorch finds it by its name, which is also the backend id in the `.pte`."""
 
     @classmethod

@@ -48,7 +48,8 @@ def _dim(dim: Dim) -> Any:
 
 def _value(value: Value) -> Any:
     table = fb.ValueT()
-    table.kind, table.dtype, table.name, table.data = value.kind, value.dtype, value.name, value.data
+    table.kind, table.dtype, table.name = value.kind, value.dtype, value.name
+    table.data = value.data or ""
     table.shape = [_dim(d) for d in value.shape]
     table.alias = -1 if value.alias is None else value.alias
     return table
@@ -171,7 +172,7 @@ def _read_value(table: Any) -> Value:
     if kind not in _KINDS or dtype not in DTYPES:
         raise BlobError(f"value of unknown kind {kind!r} or dtype {dtype!r}")
     shape = tuple(_read_dim(d) for d in table.shape or ())
-    data = None if table.data is None else _text(table.data)
+    data = _text(table.data) or None
     return Value(kind, dtype, shape, _text(table.name), data, None if table.alias < 0 else table.alias)
 
 
@@ -220,10 +221,11 @@ def _check_indices(graph: Graph) -> None:
     if wrong:
         raise BlobError(f"the blob names value {wrong[0]}, but holds {count}")
     for start in range(count):
-        seen: int | None = start
+        current = start
         for _ in range(count):
-            seen = graph.values[seen].alias
-            if seen is None:
+            alias = graph.values[current].alias
+            if alias is None:
                 break
+            current = alias
         else:
             raise BlobError(f"the aliases of value {start} form a circle")

@@ -30,7 +30,8 @@ _ALIASES_OF_INPUT = {
     f"aten.{name}"
     for name in (
         "select_copy.int", "select.int", "slice_copy.Tensor", "slice.Tensor", "view_copy.default", "view.default",
-        "reshape.default",        "unsqueeze_copy.default", "unsqueeze.default", "squeeze_copy.dims", "squeeze_copy.dim", "squeeze_copy.default",
+        "reshape.default",
+        "unsqueeze_copy.default", "unsqueeze.default", "squeeze_copy.dims", "squeeze_copy.dim", "squeeze_copy.default",
         "squeeze.dims", "squeeze.dim", "squeeze.default", "alias_copy.default", "alias.default", "clone.default",
         "expand_copy.default", "expand.default", "_to_copy.default", "detach.default",
     )
@@ -139,7 +140,7 @@ class _Translator:
         value = node.meta.get("val")
         several = isinstance(value, tuple | list)
         outputs: list[Ref | None] = []
-        for item in value if several else [value]:  # type: ignore[union-attr]
+        for item in value if several else [value]:
             try:
                 outputs.append(
                     self._add(self._tensor_value("temp", node.name, item)) if isinstance(item, torch.Tensor) else None
@@ -271,7 +272,7 @@ class _Translator:
                 raise Unresolved(f"{node.name} has no tensor argument")
             shape = source.meta["val"].shape
             if name.startswith(("aten.select", "aten.slice")):
-                axis = int(node.args[1] if len(node.args) > 1 else 0) % max(len(shape), 1)  # type: ignore[arg-type]
+                axis = int(node.args[1] if len(node.args) > 1 else 0) % max(len(shape), 1)
                 if any(s != 1 for s in shape[:axis]) or (len(node.args) > 4 and node.args[4] != 1):
                     raise Unresolved("the integer comes from a strided part of a tensor")
                 start = node.args[2] if len(node.args) > 2 else 0
@@ -288,10 +289,10 @@ class _Translator:
         return node, offset
 
     def _getitem(self, node: torch.fx.Node) -> None:
-        source = self.env.get(node.args[0])  # type: ignore[arg-type]
+        source = self.env.get(node.args[0])
         if not isinstance(source, tuple):
             raise Unresolved("an item of something that is not delegated")
-        ref = source[node.args[1]]  # type: ignore[index]
+        ref = source[node.args[1]]
         if ref is None:
             if node.users:
                 raise Unresolved("the operator's own result is a placeholder without meaning and must not be used")
@@ -308,14 +309,14 @@ class _Translator:
             raise Unresolved(f"in-place operator {name} has no WebGPU kernel")
         bases = node.kwargs["_all_bases"]
         args: dict[str, Any] = {}
-        for argument in target._schema.arguments:  # type: ignore[union-attr]
+        for argument in target._schema.arguments:
             base = node.kwargs.get(f"_{argument.name}_base_index")
             args[argument.name] = (
                 bases[base] if base is not None else node.kwargs.get(argument.name, argument.default_value)
-            )  # type: ignore[index, call-overload]
+            )
         arg_values = node.meta["val"]
-        mutated = [a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]  # type: ignore[union-attr]
-        own = len(arg_values) - len(bases)  # type: ignore[arg-type]
+        mutated = [a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        own = len(arg_values) - len(bases)
         outputs, results = [], [None] * own
         converted = self._args(args)
         for result in MUTATED_RESULTS[name]:
@@ -332,7 +333,7 @@ class _Translator:
                 strict=True,
             )
         )
-        order = sorted(mutated, key=lambda n: node.kwargs[f"_{n}_base_index"])  # type: ignore[arg-type, return-value]
+        order = sorted(mutated, key=lambda n: node.kwargs[f"_{n}_base_index"])
         self._finish(node, Node(name, converted, tuple(o.value for o in outputs), node.name))
         self.env[node] = (*results, *(by_name[n] for n in order))
 
@@ -415,7 +416,7 @@ class _Translator:
         outputs: list[Ref | int | Sym] = []
         mutations = []
         output_node = next(n for n in self.program.graph.nodes if n.op == "output")
-        for spec, result in zip(signature.output_specs, output_node.args[0], strict=True):  # type: ignore[arg-type]
+        for spec, result in zip(signature.output_specs, output_node.args[0], strict=True):
             found = self._output(result)
             if spec.kind == OutputKind.BUFFER_MUTATION:
                 target = self.env.get(by_name[buffers[spec.target]])

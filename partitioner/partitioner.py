@@ -22,7 +22,7 @@ from ..ops.base import check_node
 logger = logging.getLogger(__name__)
 
 
-class WebGPUPartitioner(Partitioner):  # type: ignore[misc]
+class WebGPUPartitioner(Partitioner):
     """Chooses every node for which the WebGPU delegate has a kernel.
 
     Args:
@@ -88,8 +88,8 @@ class WebGPUPartitioner(Partitioner):  # type: ignore[misc]
 def separate_outputs(program: ExportedProgram) -> None:
     """Give outputs that are a buffer's new value a clone of their own, in an ATen program before functionalisation.
 
-    ExecuTorch refuses to consume a buffer in a delegate whose new value is an output itself. The clone costs nothing: inside
-    the delegate it is a view.
+    ExecuTorch refuses to consume a buffer in a delegate whose new value is an output itself. The clone costs nothing:
+    inside the delegate it is a view.
     """
     signature = program.graph_signature
     graph = program.graph_module.graph

@@ -74,8 +74,9 @@ class Delegate:
                 limit = min(self.device.limits.max_binding, self.device.limits.max_buffer)
                 if size > limit:
                     raise DeviceError(
-                        f"{value.kind} {value.name} {value.dtype}{list(value.shape)} needs {size:,} bytes, but this device "
-                        f"binds at most {limit:,} ({self.device.name}); use another device or a smaller model"
+                        f"{value.kind} {value.name} {value.dtype}{list(value.shape)} needs {size:,} bytes, but "
+                        f"this device binds at most {limit:,} ({self.device.name}); "
+                        "use another device or a smaller model"
                     )
                 if value.data is not None:
                     self.source(value.data)  # MissingDataError before the first upload

@@ -37,8 +37,8 @@ from .pte import Program as ProgramFile
 BACKEND_ID = "WebGPUBackend"
 _DTYPES = {
     ScalarType.FLOAT: "f32", ScalarType.HALF: "f16", ScalarType.BFLOAT16: "bf16", ScalarType.DOUBLE: "f64",
-    ScalarType.LONG: "i64", ScalarType.INT: "i32", ScalarType.SHORT: "i16", ScalarType.CHAR: "i8", ScalarType.BYTE: "u8",
-    ScalarType.BOOL: "bool",
+    ScalarType.LONG: "i64", ScalarType.INT: "i32", ScalarType.SHORT: "i16", ScalarType.CHAR: "i8",
+    ScalarType.BYTE: "u8", ScalarType.BOOL: "bool",
 }  # fmt: skip
 
 
@@ -238,9 +238,9 @@ class Method:
     def _stored_tensor(self, index: int, meta: Any) -> Any:
         """A constant, or a tensor outside the delegates that keeps its content between calls."""
         if index not in self._stored:
-            if not meta.has_data:
+            data = self.file.tensor_data(meta, self.data_files) if meta.has_data else None
+            if data is None:
                 return None
-            data = self.file.tensor_data(meta, self.data_files)
             array = np.frombuffer(data, NUMPY[_dtype(meta)], meta.numel).reshape(meta.sizes)
             if not meta.is_constant:
                 array = array.copy()

@@ -250,8 +250,8 @@ class Planner:
                 buffer, size = resolve(dispatch.bindings[binding.name])
                 if size > self.device.limits.max_binding:
                     raise DeviceError(
-                        f"{dispatch.node}: the tensor at {dispatch.kernel}.{binding.name} has {size:,} bytes, but this device "
-                        f"binds at most {self.device.limits.max_binding:,} ({self.device.name}); "
+                        f"{dispatch.node}: the tensor at {dispatch.kernel}.{binding.name} has {size:,} bytes, but "
+                        f"this device binds at most {self.device.limits.max_binding:,} ({self.device.name}); "
                         "use another device or a smaller model"
                     )
                 resource = {"buffer": buffer, "offset": 0, "size": size}

@@ -20,9 +20,8 @@ class Links:
         self.position: dict[int, int] = {}
         self.readers: dict[int, list[int]] = {}
         for number, node in enumerate(graph.nodes):
-            for output in node.outputs:
-                self.producer[output] = node
-                self.position[output] = number
+            self.producer.update(dict.fromkeys(node.outputs, node))
+            self.position.update(dict.fromkeys(node.outputs, number))
             for value in node.inputs():
                 self.readers.setdefault(value, []).append(number)
         for output in graph.outputs:

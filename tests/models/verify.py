@@ -55,7 +55,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """One delegate, nothing outside (but the copies into caches that the caller owns, which ExecuTorch adds), right numbers."""
+        """One delegate, nothing outside (but ExecuTorch's copies into caches that the caller owns), right numbers."""
         inside = set(self.outside) <= ({"aten::copy_"} if "user_caches" in self.name else set())
         return not self.error and self.delegates == 1 and inside and self.worst <= 1.0
 

@@ -1,8 +1,8 @@
 """ExecuTorch's own tests of its cache and attention operators, run with our delegate in the operators' place.
 
-The test modules come from the installed wheel. Their `torch.ops.llama` is replaced: each operator is exported in a module
-of its own, lowered, and executed with the caller's tensors; caches are written back in place. Rows that the call is to
-write hold NaN (integers: -1) beforehand, because the peers' references fill the caches before they call the operator.
+The test modules come from the installed wheel. Their `torch.ops.llama` is replaced: each operator is exported in a
+module of its own, lowered, and executed with the caller's tensors; caches are written back in place. Rows that the call
+is to write hold NaN (integers: -1) beforehand: the peers' references fill the caches before they call the operator.
 """
 
 from __future__ import annotations
@@ -39,10 +39,16 @@ PEER_SKIPS = {
     "SDPATestForSpeculativeDecode.test_sdpa_with_cache_seq_len_130_gqa": "ExecuTorch's error is 4e-4 there",
 }
 """What the peers skip themselves; both run here, with expectations of their own."""
+LARGE_SCORES = (
+    "SDPATestForSpeculativeDecode.test_sdpa_with_cache_seq_len_130",
+    "SDPATestForSpeculativeDecode.test_sdpa_with_cache_seq_len_130_gqa",
+)
+"""Elements from -15 to 15 give scores up to hundreds, whose float32 rounding shows in the weights: the peers' 1e-6 asks
+for the very order of additions that the CPU reference has."""
 
 ROWS, BATCH = 768, 2
-"""Bounds of what SDPATestCommon asks for (caches of 2048 rows, batch 5): its largest caches, f32[5, 2048, 32, 128], exceed the
-128 MiB that a binding holds on the software device, and attention there takes seconds. The peers' prompts fit."""
+"""Bounds of what SDPATestCommon asks for (caches of 2048 rows, batch 5): its largest caches, f32[5, 2048, 32, 128],
+exceed the 128 MiB that a binding holds on the software device, and attention there takes seconds. The prompts fit."""
 
 
 class UpdateCache(torch.nn.Module):
@@ -91,7 +97,7 @@ class Attend(torch.nn.Module):
 
 
 class Delegated:
-    """The operators of `torch.ops.llama`, executed by the delegate. Programs are kept by shapes, dtypes and literals."""
+    """The operators of `torch.ops.llama`, executed by the delegate; programs are kept by shapes, dtypes, literals."""
 
     def __init__(self) -> None:
         self.methods: dict[tuple[Any, ...], Method] = {}
@@ -119,7 +125,8 @@ class Delegated:
         stored = {v.name: v for v in delegate.graph.values if v.kind == "mutable" and v.alias is None}
         assert set(stored) == set(stores)
         for name, tensor in stores.items():
-            fill(method.device, method.state.buffers()[name], stored[name], to_host(tensor)[1].reshape(-1).view(np.uint8))
+            data = to_host(tensor)[1].reshape(-1).view(np.uint8)
+            fill(method.device, method.state.buffers()[name], stored[name], data)
         self.calls += 1
         outputs: list[torch.Tensor] = method.execute(list(inputs))
         return outputs
@@ -211,7 +218,7 @@ def operators() -> Delegated:
 
 
 @pytest.fixture
-def delegated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Delegated]:
+def delegated(monkeypatch: pytest.MonkeyPatch) -> Delegated:
     for peer in (sdpa_peer, cache_peer):
         monkeypatch.setattr(peer, "torch", Torch(operators()))
     setup_caches = sdpa_peer.SDPATestCommon.setup_caches
@@ -222,7 +229,7 @@ def delegated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Delegated]:
         setup_caches(self)
 
     monkeypatch.setattr(sdpa_peer.SDPATestCommon, "setup_caches", bounded)
-    yield operators()
+    return operators()
 
 
 def _flat(suite: unittest.TestSuite) -> Iterator[unittest.TestCase]:
@@ -237,19 +244,17 @@ def _name(case: unittest.TestCase) -> str:
     return ".".join(case.id().split(".")[-2:])
 
 
-CASES = [
-    case for peer in (sdpa_peer, cache_peer) for case in _flat(unittest.TestLoader().loadTestsFromModule(peer))
-]
+CASES = [case for peer in (sdpa_peer, cache_peer) for case in _flat(unittest.TestLoader().loadTestsFromModule(peer))]
 
 
 def test_every_peer_test_is_known() -> None:
     names = [_name(case) for case in CASES]
     assert len(names) == len(set(names)) >= 40
-    assert set(PEER_SKIPS) <= set(names)
+    assert {*PEER_SKIPS, *LARGE_SCORES} <= set(names)
     assert set(WITHOUT_DELEGATE) <= {name.split(".")[1] for name in names}
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if _name(c) not in PEER_SKIPS], ids=_name)
+@pytest.mark.parametrize("case", [c for c in CASES if _name(c) not in {*PEER_SKIPS, *LARGE_SCORES}], ids=_name)
 def test_peer(case: unittest.TestCase, delegated: Delegated) -> None:
     calls = delegated.calls
     result = unittest.TestResult()
@@ -262,7 +267,7 @@ def test_peer(case: unittest.TestCase, delegated: Delegated) -> None:
 
 
 def test_float64_caches_were_refused(delegated: Delegated) -> None:
-    """The peers' quantized caches keep scales as float64; those calls fall back to torch's operator after a look at why."""
+    """The peers' quantized caches keep scales as float64; those calls fall back to torch's operator."""
     store, value, indices = torch.zeros(1, 10, 8, 1, dtype=REFUSED), torch.rand(1, 1, 8, 1, dtype=REFUSED), [[4]]
     delegated.update_cache(value, store, 2)
     delegated.update_cache_with_indices(value, store, 0, torch.tensor(indices))
@@ -273,7 +278,7 @@ def test_float64_caches_were_refused(delegated: Delegated) -> None:
 
 @pytest.mark.parametrize("rows", [[[5, 9, 15]], [[5, -1, 8]]])
 def test_bad_indices_are_refused(rows: list[list[int]], delegated: Delegated) -> None:
-    """What `test_indices_exceeding_cache_size` and `test_negative_indices` are about, with the operator that has indices."""
+    """What the methods of `WITHOUT_DELEGATE` are about, with the operator that has indices."""
     value, store = torch.randint(0, 50, (1, 3, 8, 4), dtype=torch.int8), torch.ones(1, 10, 8, 4, dtype=torch.int8)
     before = device("full").counters.copy()
     with pytest.raises(InputError, match=r"capacity 10: (15|-1) is outside \[0, 9\]"):
@@ -289,18 +294,21 @@ def test_more_rows_than_the_cache_has_are_refused(delegated: Delegated) -> None:
         delegated.sdpa_with_kv_cache(query, query, query, store, store.clone(), 4, 7, None, 0, True)
 
 
-def test_the_peer_case_with_a_large_error(delegated: Delegated, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second of `PEER_SKIPS`: scores reach hundreds, so f32 rounding shows. Bounded by our general f32 tolerance."""
+@pytest.mark.parametrize("name", LARGE_SCORES)
+def test_peer_case_with_large_scores(name: str, delegated: Delegated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer's case with our general float32 tolerance in place of its own."""
     close: list[bool] = []
 
     def allclose(reference: torch.Tensor, got: torch.Tensor, **_: Any) -> bool:
-        close.append(torch.allclose(got, reference, atol=1e-3, rtol=1e-3))
+        close.append(torch.allclose(got, reference, atol=1e-4, rtol=1e-3))
         return close[-1]
 
     monkeypatch.setattr(sdpa_peer, "torch", Torch(delegated, allclose=allclose))
-    case = sdpa_peer.SDPATestForSpeculativeDecode("test_sdpa_with_cache_seq_len_130_gqa")
+    method = name.split(".")[1]
+    case = sdpa_peer.SDPATestForSpeculativeDecode(method)
     case.setUp()
-    type(case).test_sdpa_with_cache_seq_len_130_gqa.__wrapped__(case)
+    run = getattr(case, method).__func__
+    getattr(run, "__wrapped__", run)(case)  # without the peer's own skip
     assert close == [True, True]
 
 
