@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..graph import Arg, Graph, Node, Ref
-from .match import MUL, operands, permutation
+from .match import MUL, operands, permutation, uncast, uncast_narrow
 from .rewrite import Links, map_nodes
 
 
@@ -50,13 +50,13 @@ def fuse_swiglu(graph: Graph) -> Graph:
 
 
 def _silu_of(links: Links, arg: Arg) -> Arg:
-    node = links.made_by(arg, "aten.silu.default", *MUL)
+    node = links.made_by(uncast_narrow(links, arg), "aten.silu.default", *MUL)
     if node is None:
         return None
     if node.op == "aten.silu.default":
-        return node.args["self"]
+        return uncast(links, node.args["self"])
     for x, gate in operands(node):
         sigmoid = links.made_by(gate, "aten.sigmoid.default")
-        if sigmoid is not None and sigmoid.args["self"] == x:
-            return x
+        if sigmoid is not None and uncast(links, sigmoid.args["self"]) == uncast(links, x):
+            return uncast(links, x)
     return None

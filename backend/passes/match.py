@@ -43,6 +43,14 @@ def uncast(links: Links, arg: Arg) -> Arg:
         arg = source
 
 
+def uncast_narrow(links: Links, arg: Arg) -> Arg:
+    """A value before a cast between float types, narrowing ones included (fused, the narrow step is left out)."""
+    node = links.made_by(arg, *CAST)
+    if node is None or not {links.value(node.args["self"]).dtype, links.value(arg).dtype} <= {"f32", "f16", "bf16"}:
+        return arg
+    return node.args["self"]
+
+
 def permutation(links: Links, node: Node) -> tuple[int, ...] | None:
     """The order of axes that a permute or transpose gives its result."""
     source = node.args.get("self")

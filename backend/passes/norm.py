@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..graph import Arg, Graph, Node, Ref
-from .match import ADD, CAST, MUL, operands, uncast
+from .match import ADD, MUL, operands, uncast, uncast_narrow
 from .rewrite import Links, map_nodes
 
 
@@ -33,14 +33,6 @@ def fuse_rms_norm(graph: Graph) -> Graph:
 def _fused(links: Links, node: Node, found: tuple[Arg, float], weight: Arg) -> Node:
     x, eps = found
     return replace(node, op="webgpu.rms_norm", args={"input": uncast(links, x), "weight": weight, "eps": eps})
-
-
-def uncast_narrow(links: Links, arg: Arg) -> Arg:
-    """A value before a cast between float types, narrowing ones included (fused, the narrow step is left out)."""
-    node = links.made_by(arg, *CAST)
-    if node is None or not {links.value(node.args["self"]).dtype, links.value(arg).dtype} <= {"f32", "f16", "bf16"}:
-        return arg
-    return node.args["self"]
 
 
 def _is_weight(links: Links, arg: Arg, x: Arg) -> bool:
