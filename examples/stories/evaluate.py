@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Generate = Callable[[list[int], int, set[int]], list[int]]
 """``generate(prompt_token_ids, max_new_tokens, stop_ids)`` returns the new ids, without the stop id."""
 
-MAX_ANSWER_TOKENS = 8
+MAX_ANSWER_TOKENS = 16
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,17 @@ from tests.models.verify import TOLERANCES
 
 HEAD = """# Export configurations
 
-Made by `python -m tests.models.verify all --results FILE` and `python -m tests.models.table FILE`. Every configuration of
-`tests/models/catalogue.py` is exported with tiny random weights through the exporter that its name begins with, lowered, and run:
-a prefill, 64 decode steps and a last chunk where the shape is dynamic, single steps where it is static. **Error** is the
-largest |result - reference| in units of the tolerance (1.00 is the limit): {tolerances}. The reference is the same eager
-module with its weights in the configuration's dtype, computed in float32 with float64 attention; float16 caches are rounded to
-float16 as the program says. Route B is `to_edge_transform_and_lower`, route A `to_edge(...).to_backend(...)`.
+Made by `python -m tests.models.verify all --results FILE` and `python -m tests.models.table FILE`. Every configuration
+of `tests/models/catalogue.py` is exported with tiny random weights through the exporter that its name begins with,
+lowered, and run: a prefill, 64 decode steps and a last chunk where the shape is dynamic, single steps where it is static.
 
-`bare_*_user_caches` hands its caches in and out: ExecuTorch itself puts `aten::copy_` outside the delegate for those.
-Caches that are also outputs (`*_cache_returned`) need route B, where the partitioner can give the output a clone of its own.
+**Error** is the largest |result - reference| in units of the tolerance (1.00 is the limit): {tolerances}.
+The reference is the same eager module with its weights in the configuration's dtype, computed in float32 with float64
+attention; float16 caches are rounded to float16 as the program says. Route B is `to_edge_transform_and_lower`, route A
+`to_edge(...).to_backend(...)`.
+
+`bare_*_user_caches` hands its caches in and out: ExecuTorch itself puts `aten::copy_` outside the delegate then.
+Caches that are also outputs (`*_cache_returned`) need route B, where the partitioner gives the output a clone of its own.
 """
 
 
@@ -44,7 +46,8 @@ def main() -> int:
     devices = sorted({str(row["device"]) for row in found.values() if row["device"]})
     passed = sum(bool(row["passed"]) for row in found.values())
     print(f"Devices: {', '.join(devices)}. {passed} of {len(found)} runs pass.\n")
-    print("| configuration | route | device limits | delegates | outside | records | dispatches a step | error | result |")
+    titles = ("configuration", "route", "limits", "delegates", "outside", "records", "dispatches", "error", "result")
+    print("| " + " | ".join(titles) + " |")
     print("|---|---|---|---|---|---|---|---|---|")
     order = {config.name: number for number, config in enumerate(CONFIGS)}
     for key in sorted(found, key=lambda k: (order.get(k[0], 1 << 30), k[1:])):

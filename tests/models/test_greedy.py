@@ -128,7 +128,7 @@ class Decoder(torch.nn.Module):
 
 
 def build(family: str) -> Decoder:
-    torch.manual_seed({"llama": 1, "gpt": 2}[family])
+    torch.manual_seed({"llama": 17, "gpt": 39}[family])
     return Decoder(family).eval()
 
 
@@ -247,10 +247,9 @@ def test_without_optional_passes_the_tokens_are_the_same(family: str, on: str) -
     expected, rows = reference(family, 0)
     with Runtime(device(on)).load_program(lowered(family, frozenset(OPTIONAL))) as program:
         made = generator(program)
-        ops = {node.op for node in made.method.delegates[0].graph.nodes}
+        plain = len(made.method.delegates[0].graph.nodes)
         tokens, got = decode(made, PROMPTS[0], STEPS)
     with Runtime(device(on)).load_program(lowered(family)) as program:
-        fused = {node.op for node in generator(program).method.delegates[0].graph.nodes}
-    assert fused != ops
+        assert len(generator(program).method.delegates[0].graph.nodes) < plain
     assert tokens == expected
     assert_logits(got, rows)
