@@ -106,7 +106,7 @@ def _triangle(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         {"count": count, "rows": shape[-2], "columns": shape[-1], "diagonal": number},
         ctx.grid_1d(count, WORKGROUP),
         overrides={"WG": WORKGROUP, "LIVE": int(isinstance(diagonal, Sym)), "LOWER": int("tril" in node.op)},
-        types={"X": ctx.wgsl_type(source)},
+        types={"X": ctx.wgsl_type(source), "Out": ctx.wgsl_type(out)},
     )
 
 

@@ -144,7 +144,7 @@ def _reduce(
         },
         ctx.fold_grid(-(-outputs // (THREADS // count))),
         overrides={"LY": count, "ALONG": along, "KEPT_RANK": len(kept), "REDUCED_RANK": max(len(reduced), 1)},
-        types={"X": ctx.wgsl_type(source), "Out": ctx.limits.wgsl_type(dtype), "S": kind, "R": kind},
+        types={"X": ctx.wgsl_type(source), "Out": ctx.stored_as(index, dtype), "S": kind, "R": kind},
         body="\n".join(body),
     )
 
@@ -260,7 +260,7 @@ def _arg_lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         {"outputs": outer * inner, "length": length, "inner": inner, "inf": math.inf},
         ctx.fold_grid(-(-outer * inner // (THREADS // count))),
         overrides={"LY": count, "ALONG": along, "LARGEST": int(largest)},
-        types={"X": ctx.wgsl_type(source), "Out": ctx.wgsl_type(source), "T": kind},
+        types={"X": ctx.wgsl_type(source), "Out": ctx.stored_as(values, dtype), "T": kind},
         body=f"fn worst() -> T {{ return {worst}; }}\n{NAN_TEST[kind]}",
     )
 

@@ -1,10 +1,10 @@
 // out[.., r, c] = x[.., r, c] where c - r <= diagonal (LOWER) or c - r >= diagonal, else 0: tril and triu.
 //
-// Appended by the host (ops/fill.py): alias X (the storage type of both). One workgroup: WG consecutive elements.
+// Appended by the host (ops/fill.py): aliases X and Out (storage types). One workgroup: WG consecutive elements.
 // Memory traffic: x once, out once. Tried: nothing else yet.
 
 @group(0) @binding(0) var<storage, read> x: array<X>;
-@group(0) @binding(1) var<storage, read_write> out: array<X>;
+@group(0) @binding(1) var<storage, read_write> out: array<Out>;
 
 struct Params { count: u32, rows: u32, columns: u32, diagonal: u32 }
 @group(0) @binding(2) var<uniform> params: Params;
@@ -26,5 +26,5 @@ fn main(
     if (LIVE == 1u) { diagonal = live_value(params.diagonal); }
     let distance = i32(i % params.columns) - i32((i / params.columns) % params.rows);
     let kept = select(distance >= diagonal, distance <= diagonal, LOWER == 1u);
-    out[i] = select(X(0), x[i], kept);
+    out[i] = select(Out(0), Out(x[i]), kept);
 }

@@ -4,7 +4,8 @@ A story introduces a few people and interleaves facts about them (home town, job
 left, presents, favourite food, instrument, month of birth) with filler sentences. Every kind of fact normally occurs
 for several people, so an answer can be found only by looking up the right sentence, often hundreds of tokens back.
 A fact is always stated by the same clause (``Mia lived in York``), alone or inside a longer sentence, and the answer to
-a question repeats that clause as a sentence.
+a question repeats that clause as a sentence. Every question names the first person of its clause: questions from a
+value to a person ("Who lived in York?") are not part of the task.
 
 Plain text format of a whole document (one paragraph of story, then one line per question and per answer)::
 
@@ -146,25 +147,16 @@ def _join(names: list[str]) -> str:
 
 # Each kind of fact: its clause and the questions that the clause answers.
 _TEMPLATES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "home": ("{p} lived in {town}", ("Where did {p} live?", "In which town did {p} live?", "Who lived in {town}?")),
-    "job": ("{p} worked as a {job}", ("What was {p}'s job?", "What work did {p} do?", "Who worked as a {job}?")),
-    "pet": (
-        "{p} had a pet {animal}",
-        ("What pet did {p} have?", "Which animal did {p} have?", "Who had a pet {animal}?"),
-    ),
+    "home": ("{p} lived in {town}", ("Where did {p} live?", "In which town did {p} live?")),
+    "job": ("{p} worked as a {job}", ("What was {p}'s job?", "What work did {p} do?")),
+    "pet": ("{p} had a pet {animal}", ("What pet did {p} have?", "Which animal did {p} have?")),
     "name": ("{p}'s pet was called {pet}", ("What was {p}'s pet called?", "What was the name of {p}'s pet?")),
     "own": ("{p}'s {thing} was {colour}", ("What colour was {p}'s {thing}?", "Which colour did {p}'s {thing} have?")),
-    "place": ("{p} left the {lost} in the {place}", ("Where did {p} leave the {lost}?", "Where was the {lost}?")),
-    "give": (
-        "{p} gave the {gift} to {q}",
-        ("What did {p} give to {q}?", "Who got the {gift} from {p}?", "Who gave the {gift} to {q}?"),
-    ),
-    "food": ("{p} liked to eat {food}", ("What did {p} like to eat?", "Who liked to eat {food}?")),
-    "music": ("{p} played the {music}", ("Which instrument did {p} play?", "Who played the {music}?")),
-    "month": (
-        "{p} was born in {month}",
-        ("When was {p} born?", "In which month was {p} born?", "Who was born in {month}?"),
-    ),
+    "place": ("{p} left the {lost} in the {place}", ("Where did {p} leave the {lost}?",)),
+    "give": ("{p} gave the {gift} to {q}", ("What did {p} give to {q}?", "Who got the {gift} from {p}?")),
+    "food": ("{p} liked to eat {food}", ("What did {p} like to eat?",)),
+    "music": ("{p} played the {music}", ("Which instrument did {p} play?",)),
+    "month": ("{p} was born in {month}", ("When was {p} born?", "In which month was {p} born?")),
 }
 
 

@@ -26,13 +26,13 @@ class LlamaConfig:
 
     dim: int = 256
     n_layers: int = 6
-    n_heads: int = 4
-    n_kv_heads: int = 2
-    head_dim: int = 64
+    n_heads: int = 8
+    n_kv_heads: int = 4
+    head_dim: int = 32
     hidden_dim: int = 512
     vocab_size: int = 1024
     norm_eps: float = 1e-5
-    rope_theta: float = 1000000.0
+    rope_theta: float = 10000.0
 
     @staticmethod
     def load(path: str | Path) -> LlamaConfig:

@@ -3,7 +3,7 @@
 Run from the repository root, for example::
 
     python -m examples.stories.train --out /tmp/stories --max-seconds 300          # one data-centre GPU
-    python -m examples.stories.train --out /tmp/stories --device cpu --documents 200 --steps 20 --batch 4
+    python -m examples.stories.train --out /tmp/stories --device cpu --full-documents 200 --steps 20
 
 The best checkpoint so far is saved at every evaluation, so an interrupted run is not lost. Needs torch, numpy,
 tokenizers and safetensors.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import time
@@ -258,7 +257,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_documents(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Makes the training documents of all stages: token ids and kinds by name, e.g. ``short_tokens``, ``short_kind``."""
+    """Makes the training documents of all stages: ids and kinds by name, e.g. ``short_tokens``, ``short_kind``."""
     if sum(getattr(args, f"{style}_documents") for style in STAGES) > data.EVAL_SEED_START:
         raise SystemExit("the training seeds would run into the evaluation seeds")
     if args.cache and args.cache.exists():
@@ -272,7 +271,7 @@ def load_documents(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, 
         )
         first += count
     if args.cache:
-        np.savez(args.cache, **result)
+        np.savez(args.cache, allow_pickle=False, **result)
     return result
 
 

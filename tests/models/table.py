@@ -17,7 +17,7 @@ HEAD = """# Export configurations
 
 Made by `python -m tests.models.verify all --results FILE` and `python -m tests.models.table FILE`. Every configuration
 of `tests/models/catalogue.py` is exported with tiny random weights through the exporter that its name begins with,
-lowered, and run: a prefill, 64 decode steps and a last chunk where the shape is dynamic, single steps where it is static.
+lowered, and run: a prefill, 64 decode steps and a last chunk where the shape is dynamic, single steps where it is not.
 
 **Error** is the largest |result - reference| in units of the tolerance (1.00 is the limit): {tolerances}.
 The reference is the same eager module with its weights in the configuration's dtype, computed in float32 with float64
@@ -25,7 +25,7 @@ attention; float16 caches are rounded to float16 as the program says. Route B is
 `to_edge(...).to_backend(...)`.
 
 `bare_*_user_caches` hands its caches in and out: ExecuTorch itself puts `aten::copy_` outside the delegate then.
-Caches that are also outputs (`*_cache_returned`) need route B, where the partitioner gives the output a clone of its own.
+Caches that are also outputs (`*_cache_returned`) need route B, where the partitioner clones the output.
 """
 
 
