@@ -370,7 +370,7 @@ BINARY: dict[str, tuple[Rule | Chooser, str]] = {
     "mul": (Rule("x * y", "x * y", PAIR), "Tensor Scalar"),
     "div": (_div, "Tensor Scalar Tensor_mode Scalar_mode"),
     "floor_divide": (FLOOR, "default Scalar"),
-    "fmod": (Rule("fmod_(x, y)", "x % y", PAIR, divides="other"), "Tensor Scalar"),
+    "fmod": (Rule("fmod_(x, y)", "fmod_i(x, y)", PAIR, divides="other"), "Tensor Scalar"),
     "remainder": (Rule("remainder_(x, y)", "remainder_i(x, y)", PAIR, divides="other"), "Tensor Scalar Scalar_Tensor"),
     "minimum": (Rule("minimum(x, y)", "min(x, y)", PAIR), "default"),
     "maximum": (Rule("maximum(x, y)", "max(x, y)", PAIR), "default"),

@@ -274,13 +274,23 @@ fn sinh_(x: f32) -> f32 {
         let z = x * x;
         return x + x * z * (0.166666672 + z * (0.00833335146 + z * (0.000198359616 + z * 2.81806342e-06)));
     }
-    let root = exp_(0.5 * size); // e^size overflows before sinh does
-    return copy_sign((0.5 * root) * root - 0.5 / root / root, x);
+    return copy_sign(half_exp(size) - 0.5 * exp_(-size), x);
 }
 
 fn cosh_(x: f32) -> f32 {
-    let root = exp_(0.5 * abs(x));
-    return (0.5 * root) * root + 0.5 / root / root;
+    return half_exp(abs(x)) + 0.5 * exp_(-abs(x));
+}
+
+// e^x / 2, which overflows later than e^x: (e^(x/2 - 2))^2 * e^4 / 2. The subtraction is exact, and no order in which a
+// compiler multiplies overflows early (NVIDIA's folds 0.5 * root * root into 0.5 * (root * root)).
+fn half_exp(x: f32) -> f32 {
+    let root = exp_(0.5 * x - 2.0);
+    return root * root * 27.2990742;
+}
+
+// SPIR-V leaves the sign of % open where an operand is negative, and drivers differ; division is exact everywhere.
+fn fmod_i(x: i32, y: i32) -> i32 {
+    return x - (x / y) * y;
 }
 
 fn atan_(x: f32) -> f32 {
@@ -443,13 +453,13 @@ fn floor_divide_(x: f32, y: f32) -> f32 {
 }
 
 fn remainder_i(x: i32, y: i32) -> i32 {
-    let r = x % y;
+    let r = fmod_i(x, y);
     return select(r, r + y, r != 0 && (r < 0) != (y < 0));
 }
 
 fn floor_divide_i(x: i32, y: i32) -> i32 {
     let q = x / y;
-    return select(q, q - 1, (x % y) != 0 && (x < 0) != (y < 0));
+    return select(q, q - 1, fmod_i(x, y) != 0 && (x < 0) != (y < 0));
 }
 
 fn shift_left(x: i32, y: i32) -> i32 { return select(x << (u32(y) & 31u), 0, y < 0 || y > 31); }
