@@ -14,6 +14,7 @@ Each configuration is built in a process of its own (repeated exports in one int
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import sys
@@ -191,6 +192,20 @@ def known(path: Path, route: str, device: str) -> set[str]:
     return {r["name"] for r in rows if (r["route"], r["limits"]) == (route, device) and r["passed"]}
 
 
+def preload() -> None:
+    """Import what every child would import: forked processes then start with it."""
+    for module in (
+        "executorch.exir",
+        "executorch.examples.models.llama.export_llama_lib",
+        "executorch.extension.llm.custom_ops.custom_ops",
+        "optimum.executorch",
+        "transformers",
+        "executorch_webgpu.partitioner",
+        "executorch_webgpu.runtime",
+    ):
+        importlib.import_module(module)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+")
@@ -202,6 +217,7 @@ def main() -> int:
     parser.add_argument("--part", default="0/1")
     options = parser.parse_args()
     torch.set_num_threads(1)  # so that processes may be forked
+    preload()
     groups = {"all": [c.name for c in CONFIGS], "core": [c.name for c in CONFIGS if c.core]}
     names = [name for given in options.names for name in groups.get(given, [given])]
     part, parts = map(int, options.part.split("/"))
