@@ -20,14 +20,14 @@ MODEL = ROOT / "examples" / "stories" / "model"
 @pytest.fixture(scope="module")
 def tokenizer():
     """The shipped tokenizer."""
-    return pytest.importorskip("tokenizers").Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(MODEL / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
 def model():
     """The shipped model in float32."""
-    pytest.importorskip("torch")
-    pytest.importorskip("safetensors")
     from examples.stories.llama import load_model
 
     return load_model()
@@ -74,7 +74,6 @@ def test_training_and_evaluation_seeds_are_disjoint():
 
 
 def test_training_seeds_may_not_reach_evaluation_seeds(tokenizer):
-    pytest.importorskip("torch")
     from examples.stories import train
 
     args = train.parse_args(["--out", "unused", "--full-documents", str(data.EVAL_SEED_START)])
