@@ -52,11 +52,13 @@ def uncast_narrow(links: Links, arg: Arg) -> Arg:
 
 
 def permutation(links: Links, node: Node) -> tuple[int, ...] | None:
-    """The order of axes that a permute or transpose gives its result."""
+    """The order of axes that a permute or transpose gives its result; None for another node."""
     source = node.args.get("self")
     if not isinstance(source, Ref):
         return None
     rank = len(links.value(source).shape)
+    if rank == 0:
+        return None
     if node.op in PERMUTE:
         dims = node.args["dims"]
         return tuple(int(str(d)) % rank for d in dims) if isinstance(dims, tuple) else None

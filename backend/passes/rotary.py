@@ -189,7 +189,8 @@ def _half_split(links: Links, arg: Arg) -> _Rope | None:
     for straight, turned in operands(total):
         for x, cos in operands(links.made_by(straight, *MUL)):
             for rotated, sin in operands(links.made_by(turned, *MUL)):
-                size = links.value(x).shape[-1] if isinstance(x, Ref) else None
+                shape = links.value(x).shape if isinstance(x, Ref) else ()
+                size = shape[-1] if len(shape) == 4 else None
                 if (
                     isinstance(size, int)
                     and _is_rotated(links, rotated, x, size // 2)

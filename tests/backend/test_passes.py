@@ -122,3 +122,20 @@ def test_each_pass_alone_can_be_left_out(name: str) -> None:
     reference, without = outputs(lowered(module, (), "B"), torch.float32), lowered(module, (name,), "B")
     for got, expected in zip(outputs(without, torch.float32), reference, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-4)
+
+
+class Scaled(nn.Module):
+    """Products and sums with a zero-dimensional tensor input: nothing for a fusion to trip over."""
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return x * scale + scale * x.t() + scale.permute(()) * x
+
+
+@pytest.mark.parametrize("disabled", [(), tuple(OPTIONAL)])
+def test_zero_dimensional_operands(disabled: Collection[str]) -> None:
+    inputs = (torch.randn(3, 3), torch.tensor(2.0))
+    partitioner = WebGPUPartitioner(disable_passes=disabled)
+    edge = to_edge_transform_and_lower(export(Scaled(), inputs), partitioner=[partitioner], compile_config=CONFIG)
+    method = Runtime(device("full")).load_program(bytes(edge.to_executorch().buffer)).load_method("forward")
+    assert method.outside() == []
+    torch.testing.assert_close(method.execute(inputs)[0], Scaled()(*inputs))
