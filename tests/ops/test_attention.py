@@ -8,13 +8,9 @@ import numpy as np
 import pytest
 
 from executorch_webgpu import wgsl
-from executorch_webgpu.ops.attention_lower import (
-    Problem,
-    choose_decode,
-    choose_prefill_rows,
-    decode_memory,
-    prefill_memory,
-)
+from executorch_webgpu.ops.attention_common import Problem
+from executorch_webgpu.ops.attention_decode import choose_decode, decode_memory
+from executorch_webgpu.ops.attention_prefill import choose_prefill_rows, prefill_memory
 from executorch_webgpu.ops.base import Limits
 from executorch_webgpu.runtime.device import Device
 from executorch_webgpu.runtime.errors import DeviceError
