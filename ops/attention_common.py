@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .. import wgsl
 from ..backend.graph import Arg, Ref, Sym
-from .base import Dispatch, Lowering, Param
+from .base import Dispatch, Grid, Lowering, Param
 
 TILE = 32
 """Keys that a workgroup looks at together."""
@@ -71,7 +71,7 @@ def _dim(arg: Arg) -> int | Sym:
     return arg
 
 
-def _number(arg: Arg) -> float:
+def number(arg: Arg) -> float:
     if isinstance(arg, bool) or not isinstance(arg, int | float):
         raise TypeError(f"expected a number, got {arg!r}")
     return float(arg)
@@ -124,9 +124,9 @@ def shared_params(ctx: Lowering, args: Mapping[str, Arg], problem: Problem, out:
         "capacity": problem.capacity,
         "limit": LIMITS_OF_KEYS.index(str(args["kv_limit"])),
         "sinks": int(args.get("sink") is not None),
-        "window": int(_number(args["window"])),
-        "scale": 1.0 / math.sqrt(problem.d) if scale is None else _number(scale),
-        "softcap": _number(args["softcap"]),
+        "window": int(number(args["window"])),
+        "scale": 1.0 / math.sqrt(problem.d) if scale is None else number(scale),
+        "softcap": number(args["softcap"]),
         "minus_inf": -math.inf,
     }
     layouts = {"q": ("query", args["q_layout"]), "k": ("key", args["kv_layout"]), "v": ("value", args["kv_layout"])}
@@ -179,11 +179,12 @@ def dispatch_of(
     bindings: dict[str, int],
     every: Mapping[str, Param],
     own: Mapping[str, Param],
-    groups: int,
+    groups: int | Grid,
     consts: dict[str, int | float | bool],
     types: dict[str, str],
     parts: tuple[str, ...],
 ) -> Dispatch:
     params = {field.name: {**every, **own}[field.name] for field in wgsl.reflect(kernel).params}
     body = "".join(wgsl.source(f"attention_{part}") for part in parts)
-    return Dispatch(kernel, bindings, params, ctx.fold_grid(groups), consts=consts, types=types, body=body)
+    grid = ctx.fold_grid(groups) if isinstance(groups, int) else groups
+    return Dispatch(kernel, bindings, params, grid, consts=consts, types=types, body=body)

@@ -22,13 +22,13 @@ from .attention_common import (
     shared_params,
     types_of,
 )
-from .attention_decode import DECODE_ROWS, choose_decode, decode
+from .attention_decode import DECODE_ROWS, cell_columns, choose_decode, choose_stream, decode, stream
 from .attention_prefill import prefill
 from .base import Dispatch, Lowering, Param
 
 __all__ = ["LIMITS_OF_KEYS", "ROUTES", "attend"]
 
-ROUTES = ("auto", "decode", "prefill", "naive")
+ROUTES = ("auto", "stream", "decode", "prefill", "naive")
 
 
 def attend(ctx: Lowering, args: Mapping[str, Arg], out: Ref) -> Iterator[Dispatch]:
@@ -42,6 +42,13 @@ def attend(ctx: Lowering, args: Mapping[str, Arg], out: Ref) -> Iterator[Dispatc
         return
     common = shared_params(ctx, args, problem, out)
     route = str(args.get("route", "auto"))
+    few = problem.rows <= DECODE_ROWS
+    if route == "stream" or (route == "auto" and few):
+        variant = str(args.get("variant", "auto")) if route == "stream" else "auto"
+        streamed = choose_stream(problem, ctx.limits, cell_columns(ctx, args), variant)
+        if streamed is not None:
+            yield from stream(ctx, args, problem, out, common, streamed)
+            return
     choice = None
     if route == "decode" or (route == "auto" and problem.rows <= DECODE_ROWS):
         choice = choose_decode(problem, ctx.limits)

@@ -30,7 +30,8 @@ Int = int
 class Limits:
     """What a device offers, in WebGPU's own terms. The defaults are WebGPU's default limits without optional features.
 
-    Sizes are in bytes, counts in units.
+    Sizes are in bytes, counts in units. `subgroup_size` is the smallest subgroup that a kernel may run with (0: no
+    subgroup operations). `cheap_indirect`: an indirect dispatch costs no more than a direct one.
     """
 
     max_invocations: int = 256
@@ -42,7 +43,8 @@ class Limits:
     uniform_alignment: int = 256
     storage_alignment: int = 256
     f16: bool = False
-    subgroups: bool = False
+    subgroup_size: int = 0
+    cheap_indirect: bool = False
 
     def wgsl_type(self, dtype: str) -> str:
         """How a tensor of host dtype `dtype` is stored on this device: `f32`, `f16`, `i32` or `u32`.

@@ -11,11 +11,15 @@ from typing import Any
 import wgpu
 
 from ..ops.base import Limits
+from . import native
 from .errors import DeviceError
 from .kernel import Kernel, KernelKey
 
 ADAPTER_VARIABLE = "EXECUTORCH_WEBGPU_ADAPTER"
 """Environment variable: a part of an adapter's name; the first adapter whose summary holds it is used."""
+
+CHECKED_VARIABLE = "EXECUTORCH_WEBGPU_CHECKED"
+"""Environment variable: set to 1, every kernel is compiled with the driver layer's bounds checks."""
 
 OPTIONAL_FEATURES = ("shader-f16", "subgroup", "timestamp-query")
 
@@ -76,6 +80,7 @@ class MemoryUse:
 
 def adapters() -> list[Any]:
     """All adapters that wgpu finds, OpenGL ones left out (they lack compute limits that the kernels need)."""
+    native.prepare_instance()
     return [a for a in wgpu.gpu.enumerate_adapters_sync() if a.info["backend_type"] != "OpenGL"]
 
 
@@ -110,8 +115,11 @@ class Device:
     _default: Device | None = None
     _lock = threading.Lock()
 
-    def __init__(self, adapter: Any, features: Sequence[str], limits: Mapping[str, int]) -> None:
+    def __init__(
+        self, adapter: Any, features: Sequence[str], limits: Mapping[str, int], checked: bool | None = None
+    ) -> None:
         self.adapter = adapter
+        self.checked = os.environ.get(CHECKED_VARIABLE, "") not in ("", "0") if checked is None else checked
         try:
             self.gpu = adapter.request_device_sync(
                 label="executorch-webgpu", required_features=list(features), required_limits=dict(limits)
@@ -123,7 +131,8 @@ class Device:
         self.limits = Limits(
             **{name: int(granted[key]) for name, key in _LIMITS.items()},
             f16="shader-f16" in self.features,
-            subgroups="subgroup" in self.features,
+            subgroup_size=native.subgroup_sizes(adapter)[0] if "subgroup" in self.features else 0,
+            cheap_indirect=native.prepare_instance(),
         )
         self.counters = Counters()
         self.memory = MemoryUse()
@@ -132,7 +141,12 @@ class Device:
 
     @classmethod
     def create(
-        cls, adapter: str | None = None, *, default_limits: bool = False, features: Sequence[str] | None = None
+        cls,
+        adapter: str | None = None,
+        *,
+        default_limits: bool = False,
+        features: Sequence[str] | None = None,
+        checked: bool | None = None,
     ) -> Device:
         """A new device.
 
@@ -140,6 +154,8 @@ class Device:
             adapter: a part of the adapter's name; None for the best one.
             default_limits: ask for WebGPU's default limits instead of all that the adapter offers.
             features: optional features to ask for; by default those of `OPTIONAL_FEATURES` that the adapter has.
+            checked: compile every kernel with bounds checks; None: as the environment says (see CHECKED_VARIABLE),
+                else only kernels that do not prove their indices.
         Raises:
             DeviceError: no such adapter, or it lacks a feature asked for by name.
         """
@@ -154,7 +170,7 @@ class Device:
         limits = {
             key: getattr(defaults, n) if default_limits else int(chosen.limits[key]) for n, key in _LIMITS.items()
         }
-        return cls(chosen, features, limits)
+        return cls(chosen, features, limits, checked)
 
     @classmethod
     def default(cls) -> Device:
@@ -214,7 +230,7 @@ class Device:
         """The compiled kernel of a variant; compiled once per device however many programs use it."""
         found = self._kernels.get(key)
         if found is None:
-            found = Kernel(self.gpu, key)
+            found = Kernel(self.gpu, key, self.checked)
             self._kernels[key] = found
             self.counters.pipelines += 1
         return found

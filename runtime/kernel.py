@@ -9,6 +9,7 @@ import wgpu
 
 from .. import wgsl
 from ..ops.base import Dispatch
+from . import native
 from .errors import DeviceError
 
 
@@ -45,11 +46,13 @@ class KernelKey:
 class Kernel:
     """A compute pipeline with an explicit bind group layout, so that variables a variant does not use may stay bound.
 
+    `checked` keeps the compiler's bounds checks also in kernels that state that they need none.
+
     Raises:
         DeviceError: the shader or the pipeline was refused; the message holds the compiler's words.
     """
 
-    def __init__(self, gpu: Any, key: KernelKey) -> None:
+    def __init__(self, gpu: Any, key: KernelKey, checked: bool = False) -> None:
         self.key = key
         self.interface = wgsl.reflect(key.kernel)
         entries = [
@@ -66,7 +69,10 @@ class Kernel:
         if unknown:
             raise ValueError(f"{key.kernel}.wgsl has no override named {sorted(unknown)}")
         try:
-            module = gpu.create_shader_module(label=key.label, code=key.source())
+            if self.interface.unchecked and not checked:
+                module = native.unchecked_module(gpu, key.label, key.source())
+            else:
+                module = gpu.create_shader_module(label=key.label, code=key.source())
             self.layout = gpu.create_bind_group_layout(label=key.label, entries=entries)
             layout = gpu.create_pipeline_layout(label=key.label, bind_group_layouts=[self.layout])
             self.pipeline = gpu.create_compute_pipeline(

@@ -31,6 +31,7 @@ _BINDING = re.compile(r"@group\(0\)\s*@binding\((\d+)\)\s*var<(\w+)(?:\s*,\s*(\w
 _PARAMS = re.compile(r"struct\s+Params\s*\{([^}]*)\}", re.S)
 _FIELD = re.compile(r"(\w+)\s*:\s*(array<[^>]*>\s*,\s*\d+\s*>|[\w<>]+)")
 _OVERRIDE = re.compile(r"override\s+(\w+)\s*:\s*(\w+)")
+_UNCHECKED = re.compile(r"^// Unchecked: \S", re.M)
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 
 LIVE_VALUE = "fn live_value(slot: u32) -> i32 { return live[slot >> 2u][slot & 3u]; }\n"
@@ -66,12 +67,15 @@ class Interface:
         params: fields of `struct Params` in order; empty without one.
         params_size: bytes of the struct, rounded up to 16.
         overrides: name -> WGSL type.
+        unchecked: whether the file's head says, in a line that begins with "Unchecked:", why every index is in range,
+            so that it may be compiled without bounds checks.
     """
 
     bindings: Mapping[str, Binding]
     params: tuple[Field, ...]
     params_size: int
     overrides: Mapping[str, str]
+    unchecked: bool
 
     def pack(self, values: Mapping[str, object], where: str) -> bytes:
         """The bytes of `struct Params`; every field must be given, none may be left over (ValueError)."""
@@ -137,7 +141,8 @@ def reflect(kernel: str) -> Interface:
     }
     match = _PARAMS.search(text)
     fields, size = _layout(match[1], kernel) if match else ((), 0)
-    return Interface(bindings, fields, size, dict(_OVERRIDE.findall(text)))
+    unchecked = _UNCHECKED.search(source(kernel)) is not None
+    return Interface(bindings, fields, size, dict(_OVERRIDE.findall(text)), unchecked)
 
 
 def _literal(value: int | float | bool) -> tuple[str, str]:

@@ -40,6 +40,7 @@ struct Params {
     minus_inf: f32,
     total: u32,
     splits: u32,
+    split_tile: u32,
     row_tiles: u32,
 }
 @group(0) @binding(6) var<uniform> params: Params;

@@ -1,13 +1,16 @@
-// The second half of split attention: combines the partial results of `attention_decode`.
+// The second half of split attention: combines the partial results of `attention_decode` or `attention_stream`.
 //
 //   out[row, :] = sum_i exp(top_i - top) partial[row, i, :] / sum_i exp(top_i - top) sum_i,  top = max_i top_i
 //
 // over the splits that have keys (as many as the live length makes; what stands in the others is not read), with the head's sink as one
-// more term of the sum. One workgroup: one row (batch row, query row, head). Its 64 lanes load the splits' tops and sums side by side, then lane
-// (sub, column) sums every SUBS-th split of one vec4 column, so the loads do not wait for one another; wide heads take several rounds.
+// more term of the sum. One workgroup: one row (batch row, query row, head). Lane (sub, column) sums every SUBS-th split of one vec4 column; it
+// asks for its first eight partial results before the splits' tops are compared, so that nothing waits for one load after another; wide heads take several rounds.
+// ALONE: where only one split has keys, the kernel before wrote the result itself.
 //
-// Memory traffic: splits * (DV + 2) * 4 bytes read, DV elements written a row. At most 64 splits. Versions tried: this one only.
-// Appended: attention_rules.wgsl.
+// Memory traffic: splits * (DV + 2) * 4 bytes read, DV elements written a row. At most 64 splits.
+// Unchecked: splits are below `used` <= params.splits <= 64, columns below DV, rows below `total`.
+// Versions: docs/KERNELS.md.
+// Appended: attention_rules.wgsl, attention_splits.wgsl.
 
 @group(0) @binding(0) var<storage, read> partial: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read> ml: array<vec2<f32>>;
@@ -25,17 +28,34 @@ struct Params {
     sinks: u32,
     total: u32,
     splits: u32,
+    split_tile: u32,
 }
 @group(0) @binding(4) var<uniform> params: Params;
 @group(0) @binding(5) var<uniform> live: array<vec4<i32>, 16>;
 
 const LOWEST: f32 = -3.4028234663852886e38;
-const LANES = 64u;
+const SPLITS = 64u;
+const LANES = max(COLUMNS * SUBS, SPLITS);
 const DV4 = (DV + 3u) / 4u;
 
-var<workgroup> tops: array<f32, LANES>;
-var<workgroup> sums: array<f32, LANES>;
-var<workgroup> shares: array<vec4<f32>, LANES>;
+var<workgroup> tops: array<vec4<f32>, SPLITS / 4u>; // tops, then what each split's partial result is multiplied with
+var<workgroup> sums: array<vec4<f32>, SPLITS / 4u>;
+var<workgroup> shares: array<vec4<f32>, COLUMNS * SUBS>;
+
+fn fetch(base: u32, i: u32, used: u32, c: u32) -> vec4<f32> {
+    if (i < used && c < DV4) {
+        return partial[base + i * DV4 + c];
+    }
+    return vec4<f32>();
+}
+
+fn factor(i: u32) -> f32 {
+    return tops[i >> 2u][i & 3u];
+}
+
+fn total_of(x: vec4<f32>) -> f32 {
+    return (x.x + x.y) + (x.z + x.w);
+}
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -47,19 +67,39 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     let h = (flat / params.rows) % params.heads;
     let b = flat / params.rows / params.heads;
     let used = used_splits(b);
+    if (ALONE && used <= 1u) {
+        return;
+    }
 
-    var top = LOWEST;
-    var own = 0.0;
+    let column = lane % COLUMNS;
+    let sub = lane / COLUMNS;
+    let reads = sub < SUBS;
+    let limit = select(0u, used, reads);
+    let base = flat * params.splits * DV4;
+    var low = mat4x4<f32>();
+    var high = mat4x4<f32>();
+    low[0] = fetch(base, sub, limit, column);
+    low[1] = fetch(base, sub + SUBS, limit, column);
+    low[2] = fetch(base, sub + 2u * SUBS, limit, column);
+    low[3] = fetch(base, sub + 3u * SUBS, limit, column);
+    high[0] = fetch(base, sub + 4u * SUBS, limit, column);
+    high[1] = fetch(base, sub + 5u * SUBS, limit, column);
+    high[2] = fetch(base, sub + 6u * SUBS, limit, column);
+    high[3] = fetch(base, sub + 7u * SUBS, limit, column);
+
+    var own = vec2<f32>(LOWEST, 0.0);
     if (lane < used) {
-        let entry = ml[flat * params.splits + lane];
-        top = entry.x;
-        own = entry.y;
+        own = ml[flat * params.splits + lane];
     }
-    tops[lane] = top;
+    if (lane < SPLITS) {
+        tops[lane >> 2u][lane & 3u] = own.x;
+    }
     workgroupBarrier();
-    for (var i = 0u; i < used; i++) {
-        top = max(top, tops[i]);
+    var highest = tops[0];
+    for (var i = 1u; i < SPLITS / 4u; i++) {
+        highest = max(highest, tops[i]);
     }
+    var top = max(max(highest.x, highest.y), max(highest.z, highest.w));
     var extra = 0.0;
     if (params.sinks != 0u) {
         let logit = f32(sink[h]);
@@ -68,27 +108,47 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
             extra = exp(logit - top);
         }
     }
-    let factor = exp(tops[lane] - top); // of this lane's split
     workgroupBarrier();
-    tops[lane] = factor;
-    sums[lane] = select(0.0, own * factor, lane < used);
-    workgroupBarrier();
-    var sum = extra;
-    for (var i = 0u; i < used; i++) {
-        sum += sums[i];
+    if (lane < SPLITS) {
+        let weight = select(0.0, exp(own.x - top), lane < used);
+        tops[lane >> 2u][lane & 3u] = weight;
+        sums[lane >> 2u][lane & 3u] = own.y * weight;
     }
+    workgroupBarrier();
+    var all = sums[0];
+    for (var i = 1u; i < SPLITS / 4u; i++) {
+        all += sums[i];
+    }
+    let sum = extra + total_of(all);
     let norm = select(1.0 / sum, 0.0, sum == 0.0);
 
-    let sub = lane / COLUMNS;
     for (var c0 = 0u; c0 < DV4; c0 += COLUMNS) {
-        let c = c0 + lane % COLUMNS;
+        let c = c0 + column;
         var share = vec4<f32>();
-        if (sub < SUBS && c < DV4) {
-            for (var i = sub; i < used; i += SUBS) {
-                share += tops[i] * partial[(flat * params.splits + i) * DV4 + c];
+        if (reads) {
+            if (c0 > 0u) {
+                low[0] = fetch(base, sub, limit, c);
+                low[1] = fetch(base, sub + SUBS, limit, c);
+                low[2] = fetch(base, sub + 2u * SUBS, limit, c);
+                low[3] = fetch(base, sub + 3u * SUBS, limit, c);
+                high[0] = fetch(base, sub + 4u * SUBS, limit, c);
+                high[1] = fetch(base, sub + 5u * SUBS, limit, c);
+                high[2] = fetch(base, sub + 6u * SUBS, limit, c);
+                high[3] = fetch(base, sub + 7u * SUBS, limit, c);
             }
+            // the factor of a split past `used` is zero, and so is what `fetch` gave for it
+            share = factor(min(sub, SPLITS - 1u)) * low[0];
+            if (SUBS * 2u <= SPLITS) { share += factor(sub + SUBS) * low[1]; }
+            if (SUBS * 4u <= SPLITS) { share += factor(sub + 2u * SUBS) * low[2] + factor(sub + 3u * SUBS) * low[3]; }
+            if (SUBS * 8u <= SPLITS) {
+                share += factor(sub + 4u * SUBS) * high[0] + factor(sub + 5u * SUBS) * high[1];
+                share += factor(sub + 6u * SUBS) * high[2] + factor(sub + 7u * SUBS) * high[3];
+            }
+            for (var i = sub + 8u * SUBS; i < used; i += SUBS) {
+                share += factor(i) * fetch(base, i, used, c);
+            }
+            shares[lane] = share;
         }
-        shares[lane] = share;
         workgroupBarrier();
         if (sub == 0u && c < DV4) {
             for (var k = 1u; k < SUBS; k++) {

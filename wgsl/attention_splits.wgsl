@@ -1,16 +1,21 @@
-// No kernel: how the live length is divided into splits, the same for `attention_decode` and `attention_merge`; appended to both after
-// attention_rules.wgsl. Needs params.splits.
+// No kernel: how the live length is divided into splits, the same for the kernels that compute splits, those that merge them, and those that
+// write the sizes of their grids; appended to them after attention_rules.wgsl. Needs params.splits (most splits) and params.split_tile (a
+// split is a multiple of so many keys, but for the last).
 
-/// Keys of one split of batch row b: a multiple of 32, such that params.splits of them cover every key that any row sees.
+/// Keys that any row of batch row b sees.
+fn seen_keys(b: u32) -> u32 {
+    let end = key_limit(b, rows_of(b) - 1u);
+    return end - min(key_first(b, 0u), end);
+}
+
+/// Keys of one split of batch row b, such that params.splits of them cover every key that any row sees.
 fn split_keys(b: u32) -> u32 {
-    let tiles = (key_limit(b, rows_of(b) - 1u) - min(key_first(b, 0u), key_limit(b, rows_of(b) - 1u)) + 31u) / 32u;
-    return (tiles + params.splits - 1u) / params.splits * 32u;
+    let tiles = (seen_keys(b) + params.split_tile - 1u) / params.split_tile;
+    return (tiles + params.splits - 1u) / params.splits * params.split_tile;
 }
 
 /// Splits that have keys.
 fn used_splits(b: u32) -> u32 {
-    let end = key_limit(b, rows_of(b) - 1u);
-    let keys = end - min(key_first(b, 0u), end);
-    let size = max(split_keys(b), 32u);
-    return (keys + size - 1u) / size;
+    let size = max(split_keys(b), params.split_tile);
+    return (seen_keys(b) + size - 1u) / size;
 }

@@ -18,7 +18,7 @@ from tests.harness import DEVICES, device
 from tests.ops.attention_reference import Attention, Case, arrays, assert_close, attention, check, reference
 
 HALF = {"absolute": 2e-3, "relative": 1e-2}
-ROUTES = ("prefill", "decode")
+ROUTES = ("prefill", "decode", "stream")
 
 PEERS = {
     "A1": Case(6, 2, 8, 4, 16, 0),
@@ -104,7 +104,7 @@ def test_a18_rows_and_positions(on: str) -> None:
 
 
 @pytest.mark.parametrize("on", DEVICES)
-@pytest.mark.parametrize("case", [Case(1, 1, 128, 128, 128), Case(16, 1, 128, 8, 128)], ids=ROUTES)
+@pytest.mark.parametrize("case", [Case(1, 1, 128, 128, 128), Case(16, 1, 128, 8, 128)], ids=["prefill", "few"])
 def test_a19_every_key_of_a_tile_counts(case: Case, on: str) -> None:
     """Query number k is such that key k alone decides, whose value is k."""
     case = case.with_(kv_limit="all", scale=1.0)
@@ -159,13 +159,13 @@ def test_a26_a_cache_beyond_the_binding_limit_is_an_error(on: str, monkeypatch: 
     case = Case(2, 2, 16, 1, 64)
     loaded = Attention(case, on)
     monkeypatch.setattr(device(on), "limits", replace(device(on).limits, max_binding=4096))
-    with pytest.raises(DeviceError, match=r"attention_decode\.key has 8,192 bytes"):
+    with pytest.raises(DeviceError, match=r"attention_(decode|stream)\.key has 8,192 bytes"):
         loaded(arrays(case), 0)
     loaded.close()
 
 
 def test_a25_storage_buffers() -> None:
-    for name in ("naive", "prefill", "decode", "merge"):
+    for name in ("naive", "prefill", "decode", "stream", "merge"):
         bindings = wgsl.reflect(f"attention_{name}").bindings.values()
         assert sum(b.space == "storage" for b in bindings) <= Limits().max_storage_buffers
 

@@ -9,7 +9,7 @@ from executorch_webgpu.runtime.errors import InputError
 from tests.harness import DEVICES
 from tests.ops.attention_reference import Attention, Case, arrays, assert_close, attention, check, reference
 
-ROUTES = ("prefill", "decode")
+ROUTES = ("prefill", "decode", "stream")
 
 
 @pytest.mark.parametrize("on", DEVICES)

@@ -10,7 +10,7 @@ import pytest
 from tests.harness import DEVICES
 from tests.ops.attention_reference import Attention, Case, arrays, assert_close, attention, check, reference
 
-ROUTES = ("prefill", "decode")
+ROUTES = ("prefill", "decode", "stream")
 
 
 @pytest.mark.parametrize(
