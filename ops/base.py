@@ -85,6 +85,7 @@ class Dispatch:
         params: field of the shader's `struct Params` -> number (or tuple for vectors and arrays).
         grid: workgroups in x, y, z. Use `grid_1d` for flat kernels. A size 0 means: nothing to do, not dispatched.
         indirect: value index of a buffer that holds the grid as three u32, instead of `grid`.
+        indirect_word: where in it they begin, in units of 4 bytes.
         overrides: WGSL `override` -> value.
         consts: extra `const NAME` declarations (bool -> bool, int -> u32, float -> f32) appended to the shader.
         types: `alias NAME = <wgsl type>` declarations appended; use `ctx.wgsl_type(ref)`.
@@ -97,6 +98,7 @@ class Dispatch:
     params: Mapping[str, Param] = field(default_factory=dict)
     grid: Grid = (1, 1, 1)
     indirect: int | None = None
+    indirect_word: int = 0
     overrides: Mapping[str, int | float | bool] = field(default_factory=dict)
     consts: Mapping[str, int | float | bool] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)

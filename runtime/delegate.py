@@ -11,6 +11,7 @@ import wgpu
 
 from ..backend.graph import Graph, Ref, Sym, Value, dims, evaluate, free_symbols
 from ..ops.base import Check, ElementCheck
+from . import native
 from .buffers import DataSource, LiveTable, Pool, ReadBack, State, Weights
 from .device import Device
 from .errors import DeviceError, InputError
@@ -246,7 +247,7 @@ class Delegate:
         env, plan = self._prepare(inputs)
         encoder = self.device.gpu.create_command_encoder(label="step")
         compute = encoder.begin_compute_pass(label="step")
-        _encode(compute, plan)
+        native.encode(compute, plan.records)
         compute.end()
         return self._finish(encoder, plan, env)
 
@@ -349,11 +350,6 @@ def _launch(compute: Any, launch: Any) -> None:
     compute.set_pipeline(launch.pipeline)
     compute.set_bind_group(0, launch.bind_group)
     if launch.indirect is not None:
-        compute.dispatch_workgroups_indirect(launch.indirect, 0)
+        compute.dispatch_workgroups_indirect(launch.indirect, launch.indirect_offset)
     else:
         compute.dispatch_workgroups(*launch.grid)
-
-
-def _encode(compute: Any, plan: Plan) -> None:
-    for launch in plan.launches:
-        _launch(compute, launch)

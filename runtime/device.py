@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import wgpu
 
 from ..ops.base import Limits
@@ -131,13 +132,14 @@ class Device:
         self.limits = Limits(
             **{name: int(granted[key]) for name, key in _LIMITS.items()},
             f16="shader-f16" in self.features,
-            subgroup_size=native.subgroup_sizes(adapter)[0] if "subgroup" in self.features else 0,
             cheap_indirect=native.prepare_instance(),
         )
         self.counters = Counters()
         self.memory = MemoryUse()
         self._kernels: dict[KernelKey, Kernel] = {}
         self._null: Any = None
+        if "subgroup" in self.features:
+            self.limits = replace(self.limits, subgroup_size=self._subgroup_size())
 
     @classmethod
     def create(
@@ -198,6 +200,7 @@ class Device:
             )
         if usage is None:
             usage = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_SRC | wgpu.BufferUsage.COPY_DST
+            usage |= wgpu.BufferUsage.INDIRECT
         try:
             made = self.gpu.create_buffer(label=label, size=size, usage=usage)
         except Exception as error:
@@ -218,6 +221,26 @@ class Device:
         self.gpu.queue.write_buffer(buffer, offset, data)
         self.counters.writes += 1
         self.counters.bytes_written += memoryview(data).nbytes
+
+    def _subgroup_size(self) -> int:
+        """The smallest subgroup that kernels may count on; 0 where lanes are not numbered through subgroups in order."""
+        kernel = Kernel(self.gpu, KernelKey("subgroup_probe", (), (), (), ""))
+        usage = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_SRC
+        buffer = self.gpu.create_buffer(label="subgroup probe", size=1024, usage=usage)
+        resource = {"buffer": buffer, "offset": 0, "size": 1024}
+        group = self.gpu.create_bind_group(layout=kernel.layout, entries=[{"binding": 0, "resource": resource}])
+        encoder = self.gpu.create_command_encoder(label="subgroup probe")
+        compute = encoder.begin_compute_pass()
+        compute.set_pipeline(kernel.pipeline)
+        compute.set_bind_group(0, group)
+        compute.dispatch_workgroups(1)
+        compute.end()
+        self.gpu.queue.submit([encoder.finish()])
+        found = np.frombuffer(self.gpu.queue.read_buffer(buffer), np.uint32).reshape(-1, 2)
+        buffer.destroy()
+        size = int(found[0, 0])
+        ordered = size > 0 and bool(np.array_equal(found[:, 1], np.arange(len(found)) % size))
+        return native.least_subgroup(self.adapter, size) if ordered else 0
 
     @property
     def null_buffer(self) -> Any:

@@ -11,6 +11,7 @@ import wgpu
 
 from ..backend.graph import Graph, Node, Sym, evaluate
 from ..ops.base import Check, Dispatch, ElementCheck, Live, Lowering, find, viewed, with_node
+from . import native
 from .buffers import LiveTable, Pool, storage_size
 from .device import Device
 from .errors import DeviceError
@@ -76,13 +77,15 @@ class Launch:
     indirect: Any
     node: str
     kernel: str
+    indirect_offset: int = 0
 
 
 @dataclass
 class Plan:
-    """See the module's docstring. `sizes` holds the byte size of every pooled storage, for reports."""
+    """See the module's docstring. `records` are the launches in the form that a step encodes."""
 
     launches: list[Launch]
+    records: list[native.Record]
     checks: tuple[Check, ...]
     element_checks: tuple[ElementCheck, ...]
     buffers: dict[int, Any]
@@ -136,10 +139,16 @@ class Planner:
             resolve = self._resolver(number, dispatch, where, sizes)
             group = self._bind(kernel, dispatch, resolve, params, offset, live_buffer, window)
             indirect = None if dispatch.indirect is None else resolve(dispatch.indirect)[0]
-            launches.append(Launch(kernel.pipeline, group, dispatch.grid, indirect, dispatch.node, dispatch.kernel))
+            launches.append(
+                Launch(
+                    kernel.pipeline, group, dispatch.grid, indirect, dispatch.node, dispatch.kernel,
+                    4 * dispatch.indirect_word,
+                )
+            )  # fmt: skip
         roots = {i: where[self.graph.root(i)] for i in range(len(self.graph.values)) if self.graph.root(i) in where}
         return Plan(
             launches,
+            native.compiled(launches),
             tuple(dict.fromkeys(c for node in lowered for c in node.checks)),
             tuple(dict.fromkeys(c for node in lowered for c in node.element_checks)),
             roots,
@@ -170,6 +179,8 @@ class Planner:
 
         for index in graph.inputs:
             touch(index, -1)
+            if graph.values[index].dtype in ("i32", "i64"):
+                touch(index, end)  # tokens and positions, which the GPU may write for the next step
         for number, node in enumerate(graph.nodes):
             for index in (*node.inputs(), *node.outputs):
                 touch(index, number)

@@ -1,0 +1,307 @@
+"""Decoding token by token: tokens a second, where the host's time goes, and how busy the GPU is.
+
+    python -m benchmarks.decode_loop --pte FILE [--data FILE ...]
+    python -m benchmarks.decode_loop [--layers 16 --dim 2048 ...]
+
+Without a program a Llama-shaped decoder with random weights is made on the device, by default of the sizes of Llama 3.2
+1B. `MODES` are the ways to run steps; each new one is a further function there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+
+from executorch_webgpu.backend.graph import ITEM_SIZE, Graph, product
+from executorch_webgpu.runtime.decoder import find_convention
+from executorch_webgpu.runtime.delegate import Delegate
+from executorch_webgpu.runtime.device import Device
+from executorch_webgpu.runtime.errors import InputError, UnsupportedError
+from executorch_webgpu.runtime.program import Runtime
+
+from .baseline import measure
+from .graphs import DecoderSizes, Inputs, decoder, encode, ready
+from .host import watched
+from .report import Report, add_common, numbers
+from .timing import Times, repetitions_for, time_passes
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Host seconds of one step: checks, uploads and encoding; submit; waiting and reading back; choosing the token."""
+
+    encode: float
+    submit: float
+    wait: float
+    choose: float
+    total: float
+
+
+class Decoder(Protocol):
+    """What is decoded with."""
+
+    device: Device
+    capacity: int
+
+    def run(self, tokens: Sequence[int], position: int) -> Array:
+        """Run tokens at a position; the logits [V] of the last."""
+        ...
+
+    def delegates(self) -> Sequence[Delegate]:
+        """Where its work is done, in order."""
+        ...
+
+    def inputs(self, tokens: Sequence[int], position: int) -> Sequence[Inputs]:
+        """What each delegate gets in such a run."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """For the `shape` field."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class RecordsDecoder:
+    """The decoder of `graphs.decoder`."""
+
+    def __init__(self, device: Device, sizes: DecoderSizes) -> None:
+        self.device = device
+        self.sizes = sizes
+        self.capacity = sizes.capacity
+        self.loaded = decoder(device, sizes)
+
+    def run(self, tokens: Sequence[int], position: int) -> Array:
+        [(_, logits)] = self.loaded.delegate.execute(self.inputs(tokens, position)[0])
+        return np.asarray(logits).reshape(-1)
+
+    def delegates(self) -> Sequence[Delegate]:
+        return [self.loaded.delegate]
+
+    def inputs(self, tokens: Sequence[int], position: int) -> Sequence[Inputs]:
+        return [[("i64", np.array([tokens], np.int64)), ("i64", np.array([position], np.int64))]]
+
+    def record(self) -> dict[str, Any]:
+        return dict(self.sizes.record())
+
+    def close(self) -> None:
+        self.loaded.close()
+
+
+class ProgramDecoder:
+    """A decoder method of a `.pte`."""
+
+    def __init__(self, device: Device, pte: str, data: Sequence[str], method: str = "forward") -> None:
+        self.device = device
+        self.program = Runtime(device).load_program(pte, list(data))
+        try:
+            self.method = self.program.load_method(method)
+            self.convention = find_convention(self.method, self.program.constants)
+        except BaseException:
+            self.program.close()
+            raise
+        if self.convention.capacity is None:
+            self.program.close()
+            raise UnsupportedError(f"{pte} does not say how many tokens a sequence may have")
+        self.capacity = self.convention.capacity
+
+    def run(self, tokens: Sequence[int], position: int) -> Array:
+        outputs = self.method.execute(self.convention.inputs(tokens, position))
+        return self.convention.last_logits(outputs[0])
+
+    def delegates(self) -> Sequence[Delegate]:
+        return self.method.delegates
+
+    def inputs(self, tokens: Sequence[int], position: int) -> Sequence[Inputs]:
+        found: list[Inputs] = []
+        execute = Delegate.execute
+
+        def recorded(delegate: Delegate, inputs: Inputs) -> Any:
+            found.append(inputs)
+            return execute(delegate, inputs)
+
+        for delegate in self.method.delegates:
+            setattr(delegate, "execute", lambda inputs, to=delegate: recorded(to, inputs))  # noqa: B010
+        try:
+            self.run(tokens, position)
+        finally:
+            for delegate in self.method.delegates:
+                del delegate.execute
+        return found
+
+    def record(self) -> dict[str, Any]:
+        return {"vocabulary": self.convention.vocabulary, "capacity": self.capacity}
+
+    def close(self) -> None:
+        self.program.close()
+
+
+# -- ways to run steps
+
+
+def single_steps(model: Decoder, token: int, position: int, steps: int) -> list[StepTimes]:
+    """One step a submit; the host reads the logits back and takes the largest."""
+    found = []
+    with watched(model.device, model.delegates()) as clock:
+        for step in range(steps):
+            began = time.perf_counter()
+            clock.start()
+            logits = model.run([token], position + step)
+            clock.stop()
+            token = int(logits.argmax())
+            ended = time.perf_counter()
+            choose = ended - began - clock.total
+            found.append(StepTimes(clock.encode, clock.submit, clock.wait, choose, ended - began))
+    return found
+
+
+Mode = Callable[[Decoder, int, int, int], list[StepTimes]]
+"""(decoder, first token, its position, steps) -> the times of each step."""
+MODES: dict[str, Mode] = {"single": single_steps}
+
+
+# -- measuring
+
+
+def gpu_times(
+    model: Decoder, tokens: Sequence[int], position: int, options: argparse.Namespace
+) -> tuple[Times, list[str]]:
+    """(GPU time of a run by timestamps, the kernel of each dispatch)."""
+    given = model.inputs(tokens, position)
+    plans = [ready(delegate, inputs) for delegate, inputs in zip(model.delegates(), given, strict=True)]
+
+    def run(compute: Any) -> None:
+        for plan in plans:
+            encode(compute, plan)
+
+    repetitions = repetitions_for(model.device, run, options.pass_ms / 1000)
+    times = time_passes(model.device, run, repetitions, options.samples, options.warm_up)
+    return times, [launch.kernel for plan in plans for launch in plan.launches]
+
+
+def traffic(graph: Graph, device: Device, keys: int, capacity: int) -> int:
+    """Bytes that a run of few tokens must read: every weight but a table that is only looked up in, and `keys` of
+    `capacity` rows of the state."""
+    read = {index for node in graph.nodes for index in node.inputs() if not node.op.startswith("aten.embedding")}
+    total = 0
+    for index, value in enumerate(graph.values):
+        count = product(value.shape)
+        if value.kind not in ("constant", "mutable") or value.alias is not None or not isinstance(count, int):
+            continue
+        size = count * (4 if device.limits.wgsl_type(value.dtype) != "f16" else ITEM_SIZE["f16"])
+        if value.kind == "mutable":
+            total += size * keys // capacity
+        elif index in read:
+            total += size
+    return total
+
+
+def steps_of(report: Report, model: Decoder, name: str, dtype: str, options: argparse.Namespace) -> None:
+    """Time a mode and write its line."""
+    position, mode = options.past, MODES[name]
+    steps = min(options.steps, model.capacity - position)
+    if steps < 1:
+        raise InputError(f"no room for a step at position {position}: the decoder has {model.capacity} rows")
+    began = time.perf_counter()
+    while True:  # the same work, until clocks and caches have settled
+        mode(model, 1, position, min(steps, 8))
+        if time.perf_counter() - began >= options.warm_up:
+            break
+    found = mode(model, 1, position, steps)
+    middle = position + steps // 2
+    gpu, kernels = gpu_times(model, [1], middle, options)
+    total = Times.of(np.array([step.total for step in found]) * 1e6)
+    wall = sum(step.total for step in found)
+    needed = sum(traffic(d.graph, model.device, middle + 1, model.capacity) for d in model.delegates())
+    parts = {
+        f"{field.name}_us": float(f"{np.median([getattr(step, field.name) for step in found]) * 1e6:.5g}")
+        for field in fields(StepTimes)
+    }
+    report.line(
+        f"decode_loop.{name}",
+        {**model.record(), "past": position, "steps": steps},
+        dtype,
+        total,
+        traffic=needed,
+        tokens_per_s=float(f"{steps / wall:.5g}"),
+        host=parts,
+        gpu_us=float(f"{gpu.median:.5g}"),
+        gpu_busy=float(f"{gpu.median * steps / 1e6 / wall:.4g}"),
+        gpu_gb_per_s=float(f"{needed / gpu.median / 1e3:.5g}"),
+        gpu_copy_share=None if report.rates is None else float(f"{needed / gpu.median / 1e3 / report.rates.copy:.4g}"),
+        kernels=sorted(set(kernels)),
+        dispatches=len(kernels),
+        clock="host",
+    )
+
+
+def prefill_of(report: Report, model: Decoder, rows: int, dtype: str, options: argparse.Namespace) -> None:
+    """GPU time of one run of `rows` tokens at the start of a sequence."""
+    times, kernels = gpu_times(model, [1] * rows, 0, options)
+    report.line(
+        "decode_loop.prefill",
+        {**model.record(), "past": 0, "rows": rows},
+        dtype,
+        times,
+        tokens_per_s=float(f"{rows / times.median * 1e6:.5g}"),
+        kernels=sorted(set(kernels)),
+        dispatches=len(kernels),
+        clock="gpu",
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    made = argparse.ArgumentParser(prog="python -m benchmarks.decode_loop", description=(__doc__ or "").split("\n")[0])
+    made.add_argument("--pte", help="a program; without one, a random decoder of the sizes below")
+    made.add_argument("--data", nargs="*", default=[], help="its .ptd files")
+    sizes = DecoderSizes()
+    for field in fields(DecoderSizes):
+        default = getattr(sizes, field.name)
+        made.add_argument(f"--{field.name.replace('_', '-')}", type=type(default), default=default)
+    made.add_argument("--past", type=int, default=128, help="position of the first step")
+    made.add_argument("--steps", type=int, default=64)
+    made.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES), help=f"of {', '.join(MODES)}")
+    made.add_argument(
+        "--prefill", type=numbers, default=[], help="also the GPU time of runs of so many tokens: 128,512"
+    )
+    add_common(made)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    made = parser()
+    options = made.parse_args(arguments)
+    unknown = sorted(set(options.modes) - set(MODES))
+    if unknown:
+        made.error(f"unknown modes {unknown}; there are {sorted(MODES)}")
+    device = Device.create(options.adapter)
+    report = Report(device, options.out)
+    report.rates = measure(device, options)
+    model: Decoder
+    if options.pte:
+        model = ProgramDecoder(device, options.pte, options.data)
+        dtype = "program"
+    else:
+        model = RecordsDecoder(device, DecoderSizes(**{f.name: getattr(options, f.name) for f in fields(DecoderSizes)}))
+        dtype = options.dtype
+    try:
+        for name in options.modes:
+            steps_of(report, model, name, dtype, options)
+        for rows in options.prefill:
+            prefill_of(report, model, rows, dtype, options)
+    finally:
+        model.close()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,95 @@
+"""The benchmarks' own kernels: `.wgsl` files next to this module, compiled without the package's lowering."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import wgpu
+
+from executorch_webgpu.runtime import native
+from executorch_webgpu.runtime.device import Device
+
+WORKGROUP = 256
+"""Invocations of a workgroup of the kernels that walk over buffers."""
+_UNCHECKED = re.compile(r"^// Unchecked: \S", re.M)
+
+
+class LocalKernel:
+    """A compute pipeline from `<name>.wgsl` of this folder.
+
+    Args:
+        overrides: WGSL `override` -> value.
+    A file whose head says "Unchecked:" is compiled without bounds checks, as the package does with its own kernels,
+    unless the device is one that checks everything.
+    """
+
+    def __init__(self, device: Device, name: str, overrides: Mapping[str, int | float] | None = None) -> None:
+        self.device = device
+        self.name = name
+        code = Path(__file__).with_name(f"{name}.wgsl").read_text(encoding="utf-8")
+        if _UNCHECKED.search(code) and not device.checked:
+            module = native.unchecked_module(device.gpu, name, code)
+        else:
+            module = device.gpu.create_shader_module(label=name, code=code)
+        self.pipeline = device.gpu.create_compute_pipeline(
+            label=name,
+            layout="auto",
+            compute={"module": module, "entry_point": "main", "constants": dict(overrides or {})},
+        )
+
+    def bind(self, *buffers: Any) -> Any:
+        """A bind group of group 0 with whole buffers at bindings 0, 1, ..."""
+        entries = [
+            {"binding": i, "resource": {"buffer": buffer, "offset": 0, "size": buffer.size}}
+            for i, buffer in enumerate(buffers)
+        ]
+        return self.device.gpu.create_bind_group(
+            label=self.name, layout=self.pipeline.get_bind_group_layout(0), entries=entries
+        )
+
+    def encode(self, compute: Any, group: Any, grid: Sequence[int]) -> None:
+        """One dispatch into a compute pass."""
+        compute.set_pipeline(self.pipeline)
+        compute.set_bind_group(0, group)
+        compute.dispatch_workgroups(*grid)
+
+
+def fold_grid(device: Device, groups: int) -> tuple[int, int, int]:
+    """`groups` workgroups as an (x, y, 1) grid within the device's limit; x * y >= groups."""
+    rows = max(-(-groups // device.limits.max_workgroups), 1)
+    return (-(-groups // rows), rows, 1)
+
+
+class RandomFill:
+    """Fills buffers with pseudo-random values on the GPU: uploads of hundreds of megabytes are too slow."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._kernel: LocalKernel | None = None
+
+    def __call__(self, buffer: Any, storage: str, low: float, high: float, seed: int) -> None:
+        """Queue the filling of a whole buffer.
+
+        Args:
+            storage: WGSL element type, `f32` or `f16`.
+            low, high: values are uniform in [low, high), rounded to the type.
+        """
+        if self._kernel is None:
+            self._kernel = LocalKernel(self.device, "random")
+        words = buffer.size // 4
+        seeds = np.random.default_rng(seed).integers(1 << 32, dtype=np.uint64)
+        data = struct.pack("<IIIff", words, int(seeds), int(storage == "f16"), low, high)
+        params = self.device.buffer(32, "other", "fill", wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST)
+        self.device.write(params, data)
+        encoder = self.device.gpu.create_command_encoder(label="fill")
+        compute = encoder.begin_compute_pass(label="fill")
+        grid = fold_grid(self.device, -(-words // WORKGROUP))
+        self._kernel.encode(compute, self._kernel.bind(buffer, params), grid)
+        compute.end()
+        self.device.gpu.queue.submit([encoder.finish()])
+        self.device.release(params, "other")
