@@ -17,6 +17,8 @@
     sink: None, or a logit for each query head that takes part in the softmax and has no value.
     check_range (default True): refuse start_pos + rows past the last key, for "causal" and "prefix".
     route (default "auto"): for tests; see `attention_lower.ROUTES`.
+    variant (default "auto"): of a route that is named, for tests and measurements; see `attention_flash.variants` and
+        `attention_decode.choose_stream`.
 
 Query head h reads KV head h // (query heads / KV heads). A row that sees no key, or only keys whose scores are -inf, is
 zero. Rows of key and value that no query row's range holds are never read, and hidden keys have no effect whatever
@@ -29,6 +31,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from ..backend.graph import Arg, Dim, Graph, Node, Sym, Value
+from .attention_flash import VARIANTS
 from .attention_lower import LIMITS_OF_KEYS, ROUTES, attend
 from .base import Dispatch, Lowering, register
 
@@ -158,6 +161,8 @@ def supports(graph: Graph, node: Node) -> str | None:
         return f"kv_limit is {args.get('kv_limit')!r}; it must be one of {LIMITS_OF_KEYS}"
     if args.get("route", "auto") not in ROUTES:
         return f"route is {args.get('route')!r}; it must be one of {ROUTES}"
+    if args.get("route") == "flash" and args.get("variant", "auto") not in VARIANTS:
+        return f"variant is {args.get('variant')!r}; it must be one of {VARIANTS}"
     reason = _check_tensors(graph, args)
     if reason is not None:
         return reason

@@ -117,15 +117,18 @@ def _merge(
     width = min(vec4s(problem.dv), DECODE_COLUMNS)
     types = types_of(ctx, args, problem, out)
     own: dict[str, Param] = {"total": problem.results, "splits": from_.splits, "split_tile": from_.split_tile}
+    grid = (problem.heads, problem.rows, problem.batch)
+    folded = max(grid) > ctx.limits.max_workgroups
     consts: dict[str, int | float | bool] = {
         "DV": problem.dv,
         "COLUMNS": width,
         "SUBS": power_of_two_up_to(min(16, ctx.limits.max_invocations // width, from_.splits)),
         "ALONE": from_.alone,
+        "FOLDED": folded,
     }
     bindings = {**bindings_of(ctx, args, "sink"), "partial": from_.partial, "ml": from_.ml, "out": out.value}
     kinds = {k: types[k] for k in ("Out", "Sink")}
-    grid = ctx.fold_grid(problem.results)
+    grid = ctx.fold_grid(problem.results) if folded else grid
     return dispatch_of(ctx, "attention_merge", bindings, every, own, grid, consts, kinds, ("rules", "splits"))
 
 
@@ -143,6 +146,7 @@ class StreamChoice:
         tiles: tiles of so many rows in a workgroup.
         row_tiles: workgroups over the rows of a KV head.
         splits: of the keys, at most.
+        prefetch: ask for the next round's keys before this round's scores.
     """
 
     lanes: int
@@ -151,6 +155,7 @@ class StreamChoice:
     tiles: int
     row_tiles: int
     splits: int
+    prefetch: bool
 
     @property
     def step(self) -> int:
@@ -167,7 +172,7 @@ def choose_stream(problem: Problem, limits: Limits, cell: int, variant: str = "a
     """
     if not cell or problem.d % cell or problem.dv % cell:
         return None
-    shares = 1 << (-(-max(problem.d, problem.dv) // 8) - 1).bit_length()
+    shares = max(4, 1 << (-(-max(problem.d, problem.dv) // 8) - 1).bit_length())
     if shares > limits.subgroup_size:
         return None
     asked = {} if variant == "auto" else {k: int(v) for k, v in (part.split("=") for part in variant.split(";"))}
@@ -183,7 +188,9 @@ def choose_stream(problem: Problem, limits: Limits, cell: int, variant: str = "a
         return None
     wanted = asked.get("splits", max(1, STREAM_WORKGROUPS // groups))
     splits = max(1, min(MAX_SPLITS, -(-problem.capacity // TILE), wanted, room))
-    return StreamChoice(lanes, shares, rows, tiles, row_tiles, splits)
+    if problem.kv_heads * row_tiles > limits.max_workgroups or problem.batch > limits.max_workgroups:
+        return None
+    return StreamChoice(lanes, shares, rows, tiles, row_tiles, splits, bool(asked.get("prefetch", 0)))
 
 
 def stream(
@@ -194,15 +201,15 @@ def stream(
     half = ctx.wgsl_type(args["key"]) == "f16"
     kinds = {name: types[name] for name in ("Mask", "Sink")}
     kinds |= {"Q": f"vec4<{types['Q']}>", "Out": f"vec4<{types['Out']}>", "Cell": "vec4<u32>" if half else "vec4<f32>"}
-    parts_ = problem.batch * problem.kv_heads * choice.row_tiles
     tile = max(TILE, min(choice.step, 64))
-    own: dict[str, Param] = {
-        "parts": parts_, "row_tiles": choice.row_tiles, "splits": choice.splits, "split_tile": tile
-    }  # fmt: skip
+    own: dict[str, Param] = {"splits": choice.splits, "split_tile": tile}
     common = consts_of(ctx, args, problem)
     consts = {
         **{name: common[name] for name in ("D", "DV", "MASK")},
         "PLAIN": args.get("attn_mask") is None and problem.rows == 1 and not number(args["softcap"]),
+        "PREFETCH": choice.prefetch,
+        "GROUP": problem.group,
+        "ROW_TILES": choice.row_tiles,
         "L": choice.shares,
         "LANES": choice.lanes,
         "ROWS": choice.rows,
@@ -213,9 +220,8 @@ def stream(
     partial, ml = _scratch(ctx, problem, choice.splits if merges else 1)
     bindings = {**bindings_of(ctx, args, "query", "key", "value", "mask", "sink"), "partial": partial, "ml": ml}
     bindings["out"] = out.value
-    across, layers, _ = ctx.fold_grid(parts_)
-    parts = ("rules", "splits", "scores_only", "cells_f16" if half else "cells_f32")
-    grid = (choice.splits, across, layers)
+    parts = ("rules", "splits", "scores_only", f"rows_{choice.rows}", "cells_f16" if half else "cells_f32")
+    grid = (choice.splits, problem.kv_heads * choice.row_tiles, problem.batch)
     yield dispatch_of(ctx, "attention_stream", bindings, every, own, grid, consts, kinds, parts)
     if merges:
         yield _merge(ctx, args, problem, out, every, Partials(partial, ml, choice.splits, tile, alone=True))

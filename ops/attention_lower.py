@@ -2,7 +2,8 @@
 
 Routes:
     decode: few query rows. The keys are split among workgroups, each serving all query heads of a KV head, then merged.
-    prefill: many query rows. One workgroup a tile of rows of one head walks over the keys it needs.
+    flash: many query rows, in register tiles. One workgroup a tile of rows of one KV head walks over the keys it needs.
+    prefill: as flash with little workgroup memory, for any head size. One workgroup a tile of rows of one head.
     naive: the oracle of the tests, on request only.
 """
 
@@ -23,12 +24,13 @@ from .attention_common import (
     types_of,
 )
 from .attention_decode import DECODE_ROWS, cell_columns, choose_decode, choose_stream, decode, stream
+from .attention_flash import choose_flash, flash
 from .attention_prefill import prefill
 from .base import Dispatch, Lowering, Param
 
 __all__ = ["LIMITS_OF_KEYS", "ROUTES", "attend"]
 
-ROUTES = ("auto", "stream", "decode", "prefill", "naive")
+ROUTES = ("auto", "stream", "decode", "flash", "prefill", "naive")
 
 
 def attend(ctx: Lowering, args: Mapping[str, Arg], out: Ref) -> Iterator[Dispatch]:
@@ -52,10 +54,15 @@ def attend(ctx: Lowering, args: Mapping[str, Arg], out: Ref) -> Iterator[Dispatc
     choice = None
     if route == "decode" or (route == "auto" and problem.rows <= DECODE_ROWS):
         choice = choose_decode(problem, ctx.limits)
+    tiled = None
+    if route == "flash" or (route == "auto" and not few):
+        tiled = choose_flash(problem, ctx.limits, str(args.get("variant", "auto")) if route == "flash" else "auto")
     if route == "naive":
         yield naive(ctx, args, problem, out, common)
     elif choice is not None:
         yield from decode(ctx, args, problem, out, common, choice)
+    elif tiled is not None:
+        yield from flash(ctx, args, problem, out, common, tiled)
     else:
         yield prefill(ctx, args, problem, out, common)
 

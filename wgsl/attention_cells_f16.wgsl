@@ -9,14 +9,14 @@ fn cell_column(l: u32, e: u32) -> u32 {
 }
 
 /// A lane's share of the key row at element `base`; zeros if not `there`.
-fn load_key(there: bool, base: u32, l: u32) -> Raw {
+fn key_cell(there: bool, base: u32, l: u32) -> Raw {
     if (there && 8u * l < D) {
         return key[(base >> 3u) + l];
     }
     return Raw();
 }
 
-fn load_value(there: bool, base: u32, l: u32) -> Raw {
+fn value_cell(there: bool, base: u32, l: u32) -> Raw {
     if (there && 8u * l < DV) {
         return value[(base >> 3u) + l];
     }

@@ -9,7 +9,7 @@ fn cell_column(l: u32, e: u32) -> u32 {
 }
 
 /// A lane's share of the key row at element `base`; zeros if not `there`.
-fn load_key(there: bool, base: u32, l: u32) -> Raw {
+fn key_cell(there: bool, base: u32, l: u32) -> Raw {
     var raw = Raw();
     if (there) {
         if (4u * l < D) { raw[0] = key[(base >> 2u) + l]; }
@@ -18,7 +18,7 @@ fn load_key(there: bool, base: u32, l: u32) -> Raw {
     return raw;
 }
 
-fn load_value(there: bool, base: u32, l: u32) -> Raw {
+fn value_cell(there: bool, base: u32, l: u32) -> Raw {
     var raw = Raw();
     if (there) {
         if (4u * l < DV) { raw[0] = value[(base >> 2u) + l]; }

@@ -8,7 +8,7 @@
 // ALONE: where only one split has keys, the kernel before wrote the result itself.
 //
 // Memory traffic: splits * (DV + 2) * 4 bytes read, DV elements written a row. At most 64 splits.
-// Unchecked: splits are below `used` <= params.splits <= 64, columns below DV, rows below `total`.
+// Unchecked: splits are below `used` <= params.splits <= 64, columns below DV, rows are the grid's.
 // Versions: docs/KERNELS.md.
 // Appended: attention_rules.wgsl, attention_splits.wgsl.
 
@@ -49,8 +49,10 @@ fn fetch(base: u32, i: u32, used: u32, c: u32) -> vec4<f32> {
     return vec4<f32>();
 }
 
-fn factor(i: u32) -> f32 {
-    return tops[i >> 2u][i & 3u];
+/// A partial result times its split's factor; what stands in a split without keys does not count.
+fn weighed(x: vec4<f32>, i: u32, used: u32) -> vec4<f32> {
+    let at = min(i, SPLITS - 1u);
+    return select(vec4<f32>(), x * tops[at >> 2u][at & 3u], i < used);
 }
 
 fn total_of(x: vec4<f32>) -> f32 {
@@ -59,22 +61,23 @@ fn total_of(x: vec4<f32>) -> f32 {
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let flat = wid.y * groups.x + wid.x; // (b * heads + h) * rows + s
-    if (flat >= params.total) {
-        return;
+    var h = wid.x;
+    var s = wid.y;
+    var b = wid.z;
+    if (FOLDED) { // more of one than a grid's axis takes
+        let number = wid.y * groups.x + wid.x;
+        if (number >= params.total) {
+            return;
+        }
+        s = number % params.rows;
+        h = (number / params.rows) % params.heads;
+        b = number / params.rows / params.heads;
     }
-    let s = flat % params.rows;
-    let h = (flat / params.rows) % params.heads;
-    let b = flat / params.rows / params.heads;
-    let used = used_splits(b);
-    if (ALONE && used <= 1u) {
-        return;
-    }
-
+    let flat = (b * params.heads + h) * params.rows + s;
     let column = lane % COLUMNS;
     let sub = lane / COLUMNS;
     let reads = sub < SUBS;
-    let limit = select(0u, used, reads);
+    let limit = select(0u, params.splits, reads);
     let base = flat * params.splits * DV4;
     var low = mat4x4<f32>();
     var high = mat4x4<f32>();
@@ -87,9 +90,17 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     high[2] = fetch(base, sub + 6u * SUBS, limit, column);
     high[3] = fetch(base, sub + 7u * SUBS, limit, column);
 
-    var own = vec2<f32>(LOWEST, 0.0);
-    if (lane < used) {
+    var own = vec2<f32>();
+    if (lane < params.splits) {
         own = ml[flat * params.splits + lane];
+    }
+    // how many splits have keys is known later than the loads above can begin
+    let used = used_splits(b);
+    if (ALONE && used <= 1u) {
+        return;
+    }
+    if (lane >= used) {
+        own = vec2<f32>(LOWEST, 0.0);
     }
     if (lane < SPLITS) {
         tops[lane >> 2u][lane & 3u] = own.x;
@@ -136,16 +147,12 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
                 high[2] = fetch(base, sub + 6u * SUBS, limit, c);
                 high[3] = fetch(base, sub + 7u * SUBS, limit, c);
             }
-            // the factor of a split past `used` is zero, and so is what `fetch` gave for it
-            share = factor(min(sub, SPLITS - 1u)) * low[0];
-            if (SUBS * 2u <= SPLITS) { share += factor(sub + SUBS) * low[1]; }
-            if (SUBS * 4u <= SPLITS) { share += factor(sub + 2u * SUBS) * low[2] + factor(sub + 3u * SUBS) * low[3]; }
-            if (SUBS * 8u <= SPLITS) {
-                share += factor(sub + 4u * SUBS) * high[0] + factor(sub + 5u * SUBS) * high[1];
-                share += factor(sub + 6u * SUBS) * high[2] + factor(sub + 7u * SUBS) * high[3];
-            }
+            share = weighed(low[0], sub, used) + weighed(low[1], sub + SUBS, used);
+            share += weighed(low[2], sub + 2u * SUBS, used) + weighed(low[3], sub + 3u * SUBS, used);
+            share += weighed(high[0], sub + 4u * SUBS, used) + weighed(high[1], sub + 5u * SUBS, used);
+            share += weighed(high[2], sub + 6u * SUBS, used) + weighed(high[3], sub + 7u * SUBS, used);
             for (var i = sub + 8u * SUBS; i < used; i += SUBS) {
-                share += factor(i) * fetch(base, i, used, c);
+                share += weighed(fetch(base, i, used, c), i, used);
             }
             shares[lane] = share;
         }

@@ -1,0 +1,462 @@
+// Attention of many query rows in register tiles: online softmax over tiles of keys, never an S x C score matrix.
+//
+//   out[b, s, h, :] = sum_j p_j value[b, j, h / group, :],  p = softmax_j(mask + cap(scale * query[b, s, h, :] . key[b, j, h / group, :]))
+//
+// One workgroup: QROWS rows of one KV head, and at most 128 value columns (`PASSES` workgroups share wider heads, each computing the scores
+// again). Rows are (query row, head of the group) pairs, so a KV head's keys and values are loaded once for all heads of its group. It walks
+// over tiles of 64 keys from the first key that any of its rows sees to the last one; other keys are never loaded. With SPLIT, a workgroup
+// takes one of `splits` equal ranges of the tile's keys and writes its unnormalised sums; `attention_flash_merge` follows.
+//
+// Lanes form a grid of TY = QROWS / 8 by 16: lane (ty, tx) owns rows 4 * ty + e and QROWS / 2 + 4 * ty + e (e < 4), the scores of keys
+// tx + 16 * i (i < 4), and vec4 columns tx and tx + 16 of the values: 32 scores and 64 sums, all in vectors of fixed names. One array of
+// workgroup memory serves both phases: chunks of CHUNK vec4 columns of queries and keys (12 reads for 128 multiply-adds), then the
+// probabilities as [key][row] and chunks of VKEYS values (4 reads for 64). Row pitches are odd, so that lanes that read one column meet
+// different banks. A chunk's global loads are issued before the computation on the one before it (PREFETCH; AHEAD: also those of queries,
+// which cost most registers and are often in a near cache). Halves are loaded eight at a time (KSTEP, VSTEP 2: `key`, `value` hold four
+// pairs) where the head size permits.
+//
+// Probabilities are powers of two: log2(e) is folded into the query (FOLD), unless a cap or mask needs natural units. A row's maximum is
+// found with shuffles among SUB lanes, then through workgroup memory among the 16 / SUB that are left. Tiles that no row's range cuts and
+// that have no mask take no tests; in others the probability of a hidden key is -1 and is passed over, so that what stands in hidden
+// rows (NaN too) is of no effect.
+//
+// Memory traffic: K and V once for each tile of rows, Q once for each tile of keys. Workgroup memory: `flash_memory` in
+// ops/attention_flash.py. Versions tried: this one; tile and chunk sizes, prefetch and shuffles are constants (`variants` there).
+// Unchecked: rows are clamped to the last one, keys are below key_limit <= capacity, columns below D4 and DV4; the host has checked that the
+// tensors have these sizes; mask and sink are read at clamped rows and heads; indices of workgroup memory follow from lane < LANES.
+// Appended: attention_rules.wgsl, attention_scores.wgsl, attention_flash_ranges.wgsl, attention_flash_loads.wgsl, `neighbour`.
+
+@group(0) @binding(0) var<storage, read> queries: array<QVec>;
+@group(0) @binding(1) var<storage, read> key: array<K>;
+@group(0) @binding(2) var<storage, read> value: array<V>;
+@group(0) @binding(3) var<storage, read> mask: array<Mask>;
+@group(0) @binding(4) var<storage, read> sink: array<Sink>;
+@group(0) @binding(5) var<storage, read_write> out: array<OutVec>; // with SPLIT [row][split][DV4 + 1]: sums, then (top, sum of p)
+
+struct Params {
+    start_pos: u32,
+    batch: u32,
+    heads: u32,
+    group: u32,
+    rows: u32,
+    capacity: u32,
+    limit: u32,
+    window: u32,
+    q_b: u32, q_s: u32, q_h: u32,
+    k_b: u32, k_s: u32, k_h: u32,
+    v_b: u32, v_s: u32, v_h: u32,
+    o_b: u32, o_s: u32, o_h: u32,
+    mask_b: u32, mask_h: u32, mask_s: u32, mask_k: u32,
+    scale: f32,
+    softcap: f32,
+    minus_inf: f32,
+    sinks: u32,
+    total: u32,
+    tiles: u32,
+    splits: u32,
+}
+@group(0) @binding(6) var<uniform> params: Params;
+@group(0) @binding(7) var<uniform> live: array<vec4<i32>, 16>;
+
+const KEYS = 64u;
+const LANES = 2u * QROWS;
+const TY = QROWS / 8u;
+const D4 = D / 4u;
+const DV4 = DV / 4u;
+const CHUNKS = (D4 + CHUNK - 1u) / CHUNK;
+const PITCH = CHUNK + 1u; // of a row of queries or keys
+const P_PITCH = 2u * TY + 1u; // of a key's probabilities
+const BLOCKS = min(2u, (DV4 + 15u) / 16u); // of 16 vec4 value columns
+const VW = 16u * BLOCKS;
+const PARTS = 16u / SUB;
+const K_AT = QROWS * PITCH;
+const V_AT = KEYS * P_PITCH; // also of the maxima that lanes exchange
+const K_SLOTS = CHUNK / KSTEP; // loads of a key's chunk
+const V_SLOTS = VW / VSTEP; // loads of a row of values
+const LOG2E = 1.4426950408889634;
+const UNIT = select(LOG2E, 1.0, FOLD != 0u); // of a score, in powers of two
+
+var<workgroup> shared_tile: array<vec4<f32>, max((QROWS + KEYS) * PITCH, V_AT + max(VKEYS * VW, PARTS * 2u * TY))>;
+var<private> query: array<f32, 1>; // named by a function of attention_scores.wgsl that is not called here
+
+/// Rows of a KV head by number, four of them: query rows and heads.
+struct Rows {
+    row: vec4<u32>,
+    head: vec4<u32>,
+}
+
+fn rows_at(number: u32, b: u32, kv_head: u32) -> Rows {
+    let n = min(vec4<u32>(number) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(params.group * rows_of(b) - 1u));
+    let row = n / params.group;
+    return Rows(row, kv_head * params.group + (n - row * params.group));
+}
+
+/// acc + the products of four columns of a key with those of four rows; q[c] holds column c of the rows. A chain of multiply-adds:
+/// a vector times a matrix costs one addition more.
+fn dots(acc: vec4<f32>, q: mat4x4<f32>, k: vec4<f32>) -> vec4<f32> {
+    return fma(q[3], vec4<f32>(k.w), fma(q[2], vec4<f32>(k.z), fma(q[1], vec4<f32>(k.y), fma(q[0], vec4<f32>(k.x), acc))));
+}
+
+/// Column c of four rows of queries in workgroup memory, as `dots` wants it.
+fn query_columns(at: u32) -> mat4x4<f32> {
+    return transpose(mat4x4<f32>(
+        shared_tile[at],
+        shared_tile[at + PITCH],
+        shared_tile[at + 2u * PITCH],
+        shared_tile[at + 3u * PITCH],
+    ));
+}
+
+fn capped_all(x: vec4<f32>) -> vec4<f32> {
+    if (FOLD != 0u) {
+        return x;
+    }
+    return vec4<f32>(capped(x.x), capped(x.y), capped(x.z), capped(x.w));
+}
+
+/// The scores of one key against four rows, after cap, mask and the rows' ranges.
+fn judge(dots: vec4<f32>, b: u32, rows: Rows, j: u32, firsts: vec4<u32>, limits: vec4<u32>) -> vec4<f32> {
+    var x = capped_all(dots);
+    if (MASK != 0u && j < params.capacity) {
+        x.x = masked(x.x, b, rows.head.x, rows.row.x, j);
+        x.y = masked(x.y, b, rows.head.y, rows.row.y, j);
+        x.z = masked(x.z, b, rows.head.z, rows.row.z, j);
+        x.w = masked(x.w, b, rows.head.w, rows.row.w, j);
+    }
+    return select(x, vec4<f32>(params.minus_inf), (vec4<u32>(j) >= limits) | (vec4<u32>(j) < firsts));
+}
+
+fn limits_of(b: u32, row: vec4<u32>) -> vec4<u32> {
+    return vec4<u32>(key_limit(b, row.x), key_limit(b, row.y), key_limit(b, row.z), key_limit(b, row.w));
+}
+
+fn firsts_of(b: u32, row: vec4<u32>) -> vec4<u32> {
+    return vec4<u32>(key_first(b, row.x), key_first(b, row.y), key_first(b, row.z), key_first(b, row.w));
+}
+
+/// e to the power x, where x is a difference of scores.
+fn power(x: vec4<f32>) -> vec4<f32> {
+    return exp2(x * UNIT);
+}
+
+/// The largest component among the lanes of a row that shuffle together.
+fn shuffled_max(own: vec4<f32>) -> vec4<f32> {
+    var x = own;
+    if (SUB > 1u) { x = max(x, neighbour(x, 1u)); }
+    if (SUB > 2u) { x = max(x, neighbour(x, 2u)); }
+    if (SUB > 4u) { x = max(x, neighbour(x, 4u)); }
+    if (SUB > 8u) { x = max(x, neighbour(x, 8u)); }
+    return x;
+}
+
+fn shuffled_sum(own: vec4<f32>) -> vec4<f32> {
+    var x = own;
+    if (SUB > 1u) { x += neighbour(x, 1u); }
+    if (SUB > 2u) { x += neighbour(x, 2u); }
+    if (SUB > 4u) { x += neighbour(x, 4u); }
+    if (SUB > 8u) { x += neighbour(x, 8u); }
+    return x;
+}
+
+/// The lane's eight rows' numbers, put where the other lanes of the rows find them.
+fn give(lo: vec4<f32>, hi: vec4<f32>, ty: u32, tx: u32) {
+    if (tx % SUB == 0u) {
+        shared_tile[V_AT + (tx / SUB) * 2u * TY + ty] = lo;
+        shared_tile[V_AT + (tx / SUB) * 2u * TY + TY + ty] = hi;
+    }
+}
+
+/// acc + p * v for four rows of probabilities and one vec4 column.
+fn weigh(acc: mat4x4<f32>, p: vec4<f32>, v: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(
+        fma(vec4<f32>(p.x), v, acc[0]),
+        fma(vec4<f32>(p.y), v, acc[1]),
+        fma(vec4<f32>(p.z), v, acc[2]),
+        fma(vec4<f32>(p.w), v, acc[3]),
+    );
+}
+
+/// As `weigh`, passing over hidden keys.
+fn weigh_visible(acc: mat4x4<f32>, p: vec4<f32>, v: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(
+        select(fma(vec4<f32>(p.x), v, acc[0]), acc[0], p.x < 0.0),
+        select(fma(vec4<f32>(p.y), v, acc[1]), acc[1], p.y < 0.0),
+        select(fma(vec4<f32>(p.z), v, acc[2]), acc[2], p.z < 0.0),
+        select(fma(vec4<f32>(p.w), v, acc[3]), acc[3], p.w < 0.0),
+    );
+}
+
+fn rescaled(acc: mat4x4<f32>, by: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(acc[0] * by.x, acc[1] * by.y, acc[2] * by.z, acc[3] * by.w);
+}
+
+@compute @workgroup_size(LANES)
+fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let flat = wid.y * groups.x + wid.x;
+    if (flat >= params.total) {
+        return;
+    }
+    let kv_heads = params.heads / params.group;
+    let split = flat % params.splits;
+    let kv_head = (flat / params.splits) % kv_heads;
+    let b = (flat / params.splits / kv_heads) % params.batch;
+    let part = flat / params.splits / kv_heads / params.batch;
+    let column0 = (part % PASSES) * 32u;
+    let tile = params.tiles - 1u - part / PASSES; // the tiles with most keys first
+    let row0 = tile * QROWS;
+
+    let range = tile_keys(b, tile);
+    var begin = range.x;
+    var end = range.y;
+    if (SPLIT != 0u) {
+        let size = range_size(end - begin);
+        begin += split * size;
+        end = min(end, begin + size);
+        if (begin >= end) {
+            return;
+        }
+    }
+    let row_a = row0 / params.group;
+    let row_z = (min(row0 + QROWS, params.group * rows_of(b)) - 1u) / params.group;
+    let all_from = key_first(b, row_z); // keys in [all_from, all_to) are in the range of every row
+    let all_to = key_limit(b, row_a);
+
+    let ty = lane / 16u;
+    let tx = lane % 16u;
+    let lo_row = row0 + 4u * ty;
+    let hi_row = lo_row + QROWS / 2u;
+    let k_base = b * params.k_b + kv_head * params.k_h;
+    let v_base = b * params.v_b + kv_head * params.v_h;
+    let steps = vec4<u32>(0u, 1u, 2u, 3u) * (LANES / CHUNK);
+    let loaded = min(row0 + lane / CHUNK + steps, vec4<u32>(params.group * rows_of(b) - 1u));
+    let loaded_row = loaded / params.group;
+    let loaded_head = kv_head * params.group + (loaded - loaded_row * params.group);
+    let q_bases = b * params.q_b + loaded_row * params.q_s + loaded_head * params.q_h;
+
+    var lo_top = vec4<f32>(LOWEST); // the largest score of each row so far
+    var hi_top = vec4<f32>(LOWEST);
+    var lo_sum = vec4<f32>(); // this lane's share of each row's sum
+    var hi_sum = vec4<f32>();
+    if (SPLIT == 0u && params.sinks != 0u) {
+        let lo_head = rows_at(lo_row, b, kv_head).head;
+        let hi_head = rows_at(hi_row, b, kv_head).head;
+        let lo = vec4<f32>(f32(sink[lo_head.x]), f32(sink[lo_head.y]), f32(sink[lo_head.z]), f32(sink[lo_head.w]));
+        let hi = vec4<f32>(f32(sink[hi_head.x]), f32(sink[hi_head.y]), f32(sink[hi_head.z]), f32(sink[hi_head.w]));
+        lo_top = select(lo * (LOG2E / UNIT), lo_top, are_hidden(lo));
+        hi_top = select(hi * (LOG2E / UNIT), hi_top, are_hidden(hi));
+        let one = vec4<f32>(select(0.0, 1.0, tx == 0u));
+        lo_sum = select(one, lo_sum, are_hidden(lo));
+        hi_sum = select(one, hi_sum, are_hidden(hi));
+    }
+    var lo_a = mat4x4<f32>(); // sums of rows lo, column tx
+    var hi_a = mat4x4<f32>();
+    var lo_b = mat4x4<f32>(); // column tx + 16
+    var hi_b = mat4x4<f32>();
+
+    var next_q = mat4x4<f32>();
+    var next = Raw();
+    if (AHEAD != 0u) {
+        next_q = fetch_queries(lane, q_bases, 0u);
+    }
+    if (PREFETCH != 0u) {
+        next = fetch_keys(lane, begin, end, k_base, 0u);
+    }
+    for (var key0 = begin; key0 < end; key0 += KEYS) {
+        let full = MASK == 0u && key0 >= all_from && key0 + KEYS <= all_to;
+        var s0 = vec4<f32>(); // scores of key tx, rows lo
+        var s1 = vec4<f32>();
+        var s2 = vec4<f32>();
+        var s3 = vec4<f32>();
+        var t0 = vec4<f32>(); // rows hi
+        var t1 = vec4<f32>();
+        var t2 = vec4<f32>();
+        var t3 = vec4<f32>();
+        for (var chunk = 0u; chunk < CHUNKS; chunk++) {
+            if (AHEAD == 0u) {
+                next_q = fetch_queries(lane, q_bases, chunk);
+            }
+            if (PREFETCH == 0u) {
+                next = fetch_keys(lane, key0, end, k_base, chunk);
+            }
+            workgroupBarrier();
+            place_queries(lane, next_q);
+            place_keys(lane, next);
+            workgroupBarrier();
+            if (AHEAD != 0u && chunk + 1u < CHUNKS) {
+                next_q = fetch_queries(lane, q_bases, chunk + 1u);
+            }
+            if (PREFETCH != 0u) {
+                if (chunk + 1u < CHUNKS) {
+                    next = fetch_keys(lane, key0, end, k_base, chunk + 1u);
+                } else {
+                    next = fetch_values(lane, key0, end, v_base, column0);
+                }
+            }
+            for (var c = 0u; c < CHUNK; c++) {
+                let k_at = K_AT + tx * PITCH + c;
+                let k0 = shared_tile[k_at];
+                let k1 = shared_tile[k_at + 16u * PITCH];
+                let k2 = shared_tile[k_at + 32u * PITCH];
+                let k3 = shared_tile[k_at + 48u * PITCH];
+                let lo = query_columns(4u * ty * PITCH + c);
+                s0 = dots(s0, lo, k0);
+                s1 = dots(s1, lo, k1);
+                s2 = dots(s2, lo, k2);
+                s3 = dots(s3, lo, k3);
+                let hi = query_columns((QROWS / 2u + 4u * ty) * PITCH + c);
+                t0 = dots(t0, hi, k0);
+                t1 = dots(t1, hi, k1);
+                t2 = dots(t2, hi, k2);
+                t3 = dots(t3, hi, k3);
+            }
+        }
+
+        if (full) {
+            s0 = capped_all(s0);
+            s1 = capped_all(s1);
+            s2 = capped_all(s2);
+            s3 = capped_all(s3);
+            t0 = capped_all(t0);
+            t1 = capped_all(t1);
+            t2 = capped_all(t2);
+            t3 = capped_all(t3);
+        } else {
+            let j = key0 + tx;
+            let lo = rows_at(lo_row, b, kv_head);
+            let lo_firsts = firsts_of(b, lo.row);
+            let lo_limits = limits_of(b, lo.row);
+            s0 = judge(s0, b, lo, j, lo_firsts, lo_limits);
+            s1 = judge(s1, b, lo, j + 16u, lo_firsts, lo_limits);
+            s2 = judge(s2, b, lo, j + 32u, lo_firsts, lo_limits);
+            s3 = judge(s3, b, lo, j + 48u, lo_firsts, lo_limits);
+            let hi = rows_at(hi_row, b, kv_head);
+            let hi_firsts = firsts_of(b, hi.row);
+            let hi_limits = limits_of(b, hi.row);
+            t0 = judge(t0, b, hi, j, hi_firsts, hi_limits);
+            t1 = judge(t1, b, hi, j + 16u, hi_firsts, hi_limits);
+            t2 = judge(t2, b, hi, j + 32u, hi_firsts, hi_limits);
+            t3 = judge(t3, b, hi, j + 48u, hi_firsts, hi_limits);
+        }
+        var lo_raised = max(lo_top, shuffled_max(max(max(s0, s1), max(s2, s3))));
+        var hi_raised = max(hi_top, shuffled_max(max(max(t0, t1), max(t2, t3))));
+        workgroupBarrier();
+        if (PARTS > 1u) {
+            give(lo_raised, hi_raised, ty, tx);
+            workgroupBarrier();
+            for (var i = 0u; i < PARTS; i++) {
+                lo_raised = max(lo_raised, shared_tile[V_AT + i * 2u * TY + ty]);
+                hi_raised = max(hi_raised, shared_tile[V_AT + i * 2u * TY + TY + ty]);
+            }
+        }
+        let lo_change = power(lo_top - lo_raised);
+        let hi_change = power(hi_top - hi_raised);
+        lo_top = lo_raised;
+        hi_top = hi_raised;
+
+        let hidden = vec4<f32>(select(-1.0, 0.0, full)); // a full tile's -inf is a score like others
+        lo_sum *= lo_change;
+        hi_sum *= hi_change;
+        let p_at = tx * P_PITCH + ty;
+        lo_sum += put(p_at, s0, lo_top, hidden);
+        lo_sum += put(p_at + 16u * P_PITCH, s1, lo_top, hidden);
+        lo_sum += put(p_at + 32u * P_PITCH, s2, lo_top, hidden);
+        lo_sum += put(p_at + 48u * P_PITCH, s3, lo_top, hidden);
+        hi_sum += put(p_at + TY, t0, hi_top, hidden);
+        hi_sum += put(p_at + 16u * P_PITCH + TY, t1, hi_top, hidden);
+        hi_sum += put(p_at + 32u * P_PITCH + TY, t2, hi_top, hidden);
+        hi_sum += put(p_at + 48u * P_PITCH + TY, t3, hi_top, hidden);
+        lo_a = rescaled(lo_a, lo_change);
+        hi_a = rescaled(hi_a, hi_change);
+        if (BLOCKS > 1u) {
+            lo_b = rescaled(lo_b, lo_change);
+            hi_b = rescaled(hi_b, hi_change);
+        }
+
+        let stop = min(KEYS, end - key0);
+        for (var first = 0u; first < stop; first += VKEYS) {
+            if (PREFETCH == 0u) {
+                next = fetch_values(lane, key0 + first, end, v_base, column0);
+            }
+            if (PARTS > 1u || first > 0u) {
+                workgroupBarrier();
+            }
+            place_values(lane, next);
+            workgroupBarrier();
+            if (PREFETCH != 0u) {
+                if (first + VKEYS < stop) {
+                    next = fetch_values(lane, key0 + first + VKEYS, end, v_base, column0);
+                } else if (key0 + KEYS < end) {
+                    if (AHEAD != 0u) {
+                        next_q = fetch_queries(lane, q_bases, 0u);
+                    }
+                    next = fetch_keys(lane, key0 + KEYS, end, k_base, 0u);
+                }
+            }
+            if (full) {
+                for (var j = 0u; j < VKEYS; j++) {
+                    let lo = shared_tile[(first + j) * P_PITCH + ty];
+                    let hi = shared_tile[(first + j) * P_PITCH + TY + ty];
+                    let v = shared_tile[V_AT + j * VW + tx];
+                    lo_a = weigh(lo_a, lo, v);
+                    hi_a = weigh(hi_a, hi, v);
+                    if (BLOCKS > 1u) {
+                        let u = shared_tile[V_AT + j * VW + 16u + tx];
+                        lo_b = weigh(lo_b, lo, u);
+                        hi_b = weigh(hi_b, hi, u);
+                    }
+                }
+            } else {
+                for (var j = 0u; j < VKEYS; j++) {
+                    let lo = shared_tile[(first + j) * P_PITCH + ty];
+                    let hi = shared_tile[(first + j) * P_PITCH + TY + ty];
+                    let v = shared_tile[V_AT + j * VW + tx];
+                    lo_a = weigh_visible(lo_a, lo, v);
+                    hi_a = weigh_visible(hi_a, hi, v);
+                    if (BLOCKS > 1u) {
+                        let u = shared_tile[V_AT + j * VW + 16u + tx];
+                        lo_b = weigh_visible(lo_b, lo, u);
+                        hi_b = weigh_visible(hi_b, hi, u);
+                    }
+                }
+            }
+        }
+    }
+
+    lo_sum = shuffled_sum(lo_sum);
+    hi_sum = shuffled_sum(hi_sum);
+    if (PARTS > 1u) {
+        workgroupBarrier();
+        give(lo_sum, hi_sum, ty, tx);
+        workgroupBarrier();
+        lo_sum = vec4<f32>();
+        hi_sum = vec4<f32>();
+        for (var i = 0u; i < PARTS; i++) {
+            lo_sum += shared_tile[V_AT + i * 2u * TY + ty];
+            hi_sum += shared_tile[V_AT + i * 2u * TY + TY + ty];
+        }
+    }
+    var lo_norm = vec4<f32>(1.0);
+    var hi_norm = vec4<f32>(1.0);
+    if (SPLIT == 0u) {
+        lo_norm = select(1.0 / lo_sum, vec4<f32>(), lo_sum == vec4<f32>());
+        hi_norm = select(1.0 / hi_sum, vec4<f32>(), hi_sum == vec4<f32>());
+    } else if (tx == 0u && column0 == 0u) {
+        store_state(lo_top, lo_sum, lo_row, b, kv_head, split);
+        store_state(hi_top, hi_sum, hi_row, b, kv_head, split);
+    }
+    let c = column0 + tx;
+    store(rescaled(lo_a, lo_norm), lo_row, b, kv_head, split, c);
+    store(rescaled(hi_a, hi_norm), hi_row, b, kv_head, split, c);
+    if (BLOCKS > 1u) {
+        store(rescaled(lo_b, lo_norm), lo_row, b, kv_head, split, c + 16u);
+        store(rescaled(hi_b, hi_norm), hi_row, b, kv_head, split, c + 16u);
+    }
+}
+
+/// Stores the probabilities of one key for four rows and returns what they add to the rows' sums.
+fn put(at: u32, scores: vec4<f32>, top: vec4<f32>, hidden: vec4<f32>) -> vec4<f32> {
+    let p = power(scores - top);
+    let none = are_hidden(scores);
+    shared_tile[at] = select(p, hidden, none);
+    return select(p, vec4<f32>(), none);
+}

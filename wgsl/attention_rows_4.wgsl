@@ -1,0 +1,64 @@
+// No kernel: attention_rows_1.wgsl for four rows.
+
+alias Rows = vec4<f32>;
+alias Tile = mat4x4<f32>;
+
+fn tile_of(a: vec4<f32>, b: vec4<f32>, c: vec4<f32>, d: vec4<f32>) -> Tile {
+    return Tile(a, b, c, d);
+}
+
+fn products(k: vec4<f32>, q: Tile) -> Rows {
+    return k * q;
+}
+
+fn scaled(acc: Tile, c: Rows) -> Tile {
+    return Tile(acc[0] * c.x, acc[1] * c.y, acc[2] * c.z, acc[3] * c.w);
+}
+
+fn added(acc: Tile, v: vec4<f32>, p: Rows) -> Tile {
+    return Tile(acc[0] + p.x * v, acc[1] + p.y * v, acc[2] + p.z * v, acc[3] + p.w * v);
+}
+
+fn added_seen(acc: Tile, v: vec4<f32>, p: Rows) -> Tile {
+    return Tile(
+        select(acc[0] + p.x * v, acc[0], p.x < 0.0),
+        select(acc[1] + p.y * v, acc[1], p.y < 0.0),
+        select(acc[2] + p.z * v, acc[2], p.z < 0.0),
+        select(acc[3] + p.w * v, acc[3], p.w < 0.0),
+    );
+}
+
+fn summed(acc: Tile, step: u32) -> Tile {
+    return Tile(
+        acc[0] + subgroupShuffleXor(acc[0], step),
+        acc[1] + subgroupShuffleXor(acc[1], step),
+        acc[2] + subgroupShuffleXor(acc[2], step),
+        acc[3] + subgroupShuffleXor(acc[3], step),
+    );
+}
+
+fn row_of(x: Tile, row: u32) -> vec4<f32> {
+    return select(select(x[0], x[1], row == 1u), select(x[2], x[3], row == 3u), row >= 2u);
+}
+
+fn number_of(x: Rows, row: u32) -> f32 {
+    return select(select(x.x, x.y, row == 1u), select(x.z, x.w, row == 3u), row >= 2u);
+}
+
+fn with_number(x: Rows, row: u32, y: f32) -> Rows {
+    return select(x, Rows(y), vec4<u32>(0u, 1u, 2u, 3u) == vec4<u32>(row));
+}
+
+fn differ(a: Rows, b: Rows) -> bool {
+    return any(a != b);
+}
+
+/// The weights p of a key with scores x, -1 where it is hidden.
+fn marked(p: Rows, x: Rows) -> Rows {
+    return select(p, Rows(-1.0), are_hidden(x));
+}
+
+/// Marked weights as they count in the sum. (NaN is not below 0: it stays.)
+fn counted(p: Rows) -> Rows {
+    return select(p, Rows(), p < Rows());
+}
