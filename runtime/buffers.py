@@ -3,7 +3,7 @@ read-back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import wgpu
 
 from ..backend.graph import ITEM_SIZE, Dim, Value, product
 from ..wgsl import LIVE_SLOTS
+from . import native
 from .device import Device
 from .errors import DeviceError, MissingDataError
 from .host import NUMPY, STORAGE, to_storage
@@ -220,6 +221,16 @@ class LiveTable:
             self._last = b""
         return self.buffer
 
+    def places(self) -> Iterator[tuple[Dim, int]]:
+        """Every expression with the word of the buffer that holds its value."""
+        for row, window in enumerate(self._windows):
+            for dim, slot in window.items():
+                yield dim, row * LIVE_SLOTS + slot
+
+    def forget(self) -> None:
+        """The buffer's content is no longer what `write` left there: write it in any case the next time."""
+        self._last = b""
+
     def write(self, value_of: Callable[[Dim], int]) -> None:
         """Upload the current values if any of them changed (windows are dense, so this is a few dozen bytes)."""
         if not self._windows:
@@ -246,26 +257,38 @@ class ReadBack:
     def __init__(self, device: Device) -> None:
         self.device = device
         self._buffer: Any = None
+        self._download: native.Download | None = None
 
     def reserve(self, size: int) -> Any:
+        """The buffer, of at least `size` bytes, to be the target of a copy."""
         if self._buffer is None or self._buffer.size < size:
             self.close()
             usage = wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.MAP_READ
             self._buffer = self.device.buffer(size, "read-back", "read-back", usage)
+            self._download = native.Download(self.device.gpu, self._buffer)
         return self._buffer
 
-    def read(self, size: int) -> bytes:
-        """Wait for the submitted work and return the first `size` bytes."""
-        self._buffer.map_sync(wgpu.MapMode.READ, 0, size)
-        try:
-            data = bytes(self._buffer.read_mapped(0, size, copy=False))
-        finally:
-            self._buffer.unmap()
+    def begin(self, size: int) -> None:
+        """Ask for the first `size` bytes, after the submit that copies them."""
+        if self._download is None:
+            raise AssertionError("nothing was reserved")
+        self._download.begin(size)
+
+    def finish(self, submission: int, size: int) -> bytes:
+        """Wait for that submission and return the bytes asked for."""
+        if self._download is None:
+            raise AssertionError("nothing was reserved")
+        data = self._download.finish(submission)
         self.device.counters.reads += 1
         self.device.counters.bytes_read += size
         return data
 
+    def read(self, submission: int, size: int) -> bytes:
+        """Wait for a submission and return the first `size` bytes."""
+        self.begin(size)
+        return self.finish(submission, size)
+
     def close(self) -> None:
         if self._buffer is not None:
             self.device.release(self._buffer, "read-back")
-            self._buffer = None
+            self._buffer = self._download = None

@@ -118,22 +118,25 @@ def show(info: TensorInfo | None) -> str:
 def input_names(method: Method) -> list[str]:
     """Names of a method's inputs, as far as its delegates know them; `input 0` and so on else."""
     names = [f"input {i}" for i in range(len(method.plan.inputs))]
-    for delegate, given in _calls(method):
+    for delegate, given, _ in calls(method):
         for place, index in zip(given, delegate.graph.inputs, strict=True):
             if place is not None:
                 names[place] = delegate.graph.values[index].name
     return names
 
 
-def _calls(method: Method) -> list[tuple[Delegate, list[int | None]]]:
-    """Each call of a delegate with the numbers of the method's inputs that it gets (None for other values)."""
+def calls(method: Method) -> list[tuple[Delegate, list[int | None], list[int]]]:
+    """Each call of a delegate: the numbers of the method's inputs that it gets (None for other values), and the value
+    slots of its results."""
     place = {index: number for number, index in enumerate(method.plan.inputs)}
     found = []
     for chain in method.plan.chains:
         for call in chain.instructions:
             if isinstance(call, DelegateCall):
                 delegate = method.delegates[call.delegate_index]
-                found.append((delegate, [place.get(index) for index in call.args[: len(delegate.graph.inputs)]]))
+                count = len(delegate.graph.inputs)
+                given = [place.get(index) for index in call.args[:count]]
+                found.append((delegate, given, list(call.args[count:])))
     return found
 
 
@@ -141,7 +144,7 @@ def _checked_capacity(method: Method, convention: Convention) -> int | None:
     """How many positions the range checks of the delegates let pass, one token at a time; None if any."""
     accepts = [
         _position_check(delegate, [int(place) for place in given if place is not None], convention)
-        for delegate, given in _calls(method)
+        for delegate, given, _ in calls(method)
         if None not in given
     ]
     low, high = 0, _POSITIONS

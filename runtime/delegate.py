@@ -10,7 +10,6 @@ import numpy as np
 import wgpu
 
 from ..backend.graph import Graph, Ref, Sym, Value, dims, evaluate, free_symbols
-from ..ops.base import Check, ElementCheck
 from . import native
 from .buffers import DataSource, LiveTable, Pool, ReadBack, State, Weights
 from .device import Device
@@ -57,6 +56,9 @@ class Delegate:
         self.live = LiveTable(device)
         self.read_back = ReadBack(device)
         self.planner = Planner(graph, device, self.pool, self.live, self._fixed)
+        self.closed = False
+        self.companion: Any = None
+        """What decodes with this delegate on the GPU (`resident.Resident`), for the next generator too; freed with it."""
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._key_symbols: tuple[Sym, ...] = ()
         self._ranges = {r.symbol: r for r in graph.symbols}
@@ -122,11 +124,11 @@ class Delegate:
 
         def free(symbol: Sym) -> int:
             if symbol not in env:
-                env[symbol] = self._element(symbol, inputs, free)
+                env[symbol] = self.element(symbol, inputs, free)
             return env[symbol]
 
         for symbol in self._symbols:
-            self._check_range(symbol, free(symbol))
+            self.check_range(symbol, free(symbol))
         for position, (index, (_, array)) in enumerate(zip(graph.inputs, inputs, strict=True)):
             value = graph.values[index]
             for axis, dim in enumerate(value.shape):
@@ -148,7 +150,8 @@ class Delegate:
                 f"expected rank {len(value.shape)}"
             )
 
-    def _element(self, symbol: Sym, inputs: Sequence[tuple[str, HostArray]], free: Callable[[Sym], int]) -> int:
+    def element(self, symbol: Sym, inputs: Sequence[tuple[str, HostArray]], free: Callable[[Sym], int]) -> int:
+        """The value of a `scalar` symbol: an element of an integer input."""
         position = evaluate(symbol.args[0], free)
         element = evaluate(symbol.args[1], free)
         array = inputs[position][1].reshape(-1)
@@ -156,7 +159,8 @@ class Delegate:
             raise InputError(f"input {position}: element {element} is needed, but the input has {array.size}")
         return int(array[element])
 
-    def _check_range(self, symbol: Sym, value: int) -> None:
+    def check_range(self, symbol: Sym, value: int) -> None:
+        """InputError if a symbol's value is outside the range of the export."""
         bounds = self._ranges.get(symbol)
         if bounds is None:
             return
@@ -168,18 +172,17 @@ class Delegate:
                 f"input {symbol.args[0]} ({name}): {what} is {value}, outside [{bounds.low}, {high}] of the export"
             )
 
-    def _check(
-        self,
-        checks: Sequence[Check],
-        elements: Sequence[ElementCheck],
-        inputs: Sequence[tuple[str, HostArray]],
-        env: dict[Sym, int],
-    ) -> None:
-        for check in checks:
+    def check(self, plan: Plan, inputs: Sequence[tuple[str, HostArray]], env: dict[Sym, int]) -> None:
+        """The plan's own checks: positions and sizes that kernels must not see out of range.
+
+        Raises:
+            InputError: one fails; says what and the limits.
+        """
+        for check in plan.checks:
             value = evaluate(check.dim, env.__getitem__)
             if not check.low <= value <= check.high:
                 raise InputError(f"{check.what}: {value} is outside [{check.low}, {check.high}]")
-        for item in elements:
+        for item in plan.element_checks:
             position = self.graph.inputs.index(item.value)
             array = inputs[position][1]
             if array.size and not (item.low <= int(array.min()) and int(array.max()) <= item.high):
@@ -225,7 +228,9 @@ class Delegate:
         return free
 
     def _drop(self, key: tuple[int, ...]) -> None:
-        self.device.release(self._plans.pop(key).params, "other")
+        plan = self._plans.pop(key)
+        plan.dropped = True
+        self.device.release(plan.params, "other")
 
     def _drop_plans(self) -> None:
         for key in list(self._plans):
@@ -244,7 +249,14 @@ class Delegate:
             InputError: before anything is submitted; the state is as it was.
             DeviceError: the device failed.
         """
-        env, plan = self._prepare(inputs)
+        env = self._bound(inputs)
+        return self.run(self.plan(env), inputs, env)
+
+    def run(
+        self, plan: Plan, inputs: Sequence[tuple[str, HostArray]], env: dict[Sym, int]
+    ) -> list[tuple[str, HostArray | int]]:
+        """`execute` with a plan and symbol values that fit the inputs."""
+        self.write(plan, inputs, env)
         encoder = self.device.gpu.create_command_encoder(label="step")
         compute = encoder.begin_compute_pass(label="step")
         native.encode(compute, plan.records)
@@ -261,7 +273,9 @@ class Delegate:
         """
         if "timestamp-query" not in self.device.features:
             raise DeviceError(f"{self.device.name} has no timestamp queries")
-        env, plan = self._prepare(inputs)
+        env = self._bound(inputs)
+        plan = self.plan(env)
+        self.write(plan, inputs, env)
         count = len(plan.launches)
         results: list[int] = []
         encoder = self.device.gpu.create_command_encoder(label="profile")
@@ -285,26 +299,33 @@ class Delegate:
         outputs = self._finish(encoder, plan, env)
         for resolved, size in sets:
             stamps_read = np.frombuffer(self.device.gpu.queue.read_buffer(resolved, 0, size), np.uint64)
-            results += [int(end) - int(begin) for begin, end in stamps_read.reshape(-1, 2)]
+            period = native.timestamp_period(self.device.gpu)
+            results += [round((int(end) - int(begin)) * period) for begin, end in stamps_read.reshape(-1, 2)]
             resolved.destroy()
         times = [KernelTime(launch.node, launch.kernel, ns) for launch, ns in zip(plan.launches, results, strict=True)]
         return outputs, times
 
-    def _prepare(self, inputs: Sequence[tuple[str, HostArray]]) -> tuple[dict[Sym, int], Plan]:
-        """Everything that can fail, first; then the queued writes."""
-        env = self.bind(inputs)
+    def _bound(self, inputs: Sequence[tuple[str, HostArray]]) -> dict[Sym, int]:
+        if self.closed:
+            raise InputError("this delegate was closed: load the method again")
+        return self.bind(inputs)
+
+    def write(self, plan: Plan, inputs: Sequence[tuple[str, HostArray]], env: dict[Sym, int]) -> None:
+        """Check the numbers of a step, then queue the writes of its inputs and live scalars.
+
+        Raises:
+            InputError: a number is out of range; nothing was written.
+        """
         converted = []
         for position, (index, (dtype, array)) in enumerate(zip(self.graph.inputs, inputs, strict=True)):
             value = self.graph.values[index]
             kind = self.device.limits.wgsl_type(dtype)
             converted.append((index, to_storage(dtype, array, kind, f"input {position} ({value.name})")))
-        plan = self.plan(env)
-        self._check(plan.checks, plan.element_checks, inputs, env)
+        self.check(plan, inputs, env)
         for index, data in converted:
             if index in plan.buffers and data.nbytes:
                 self.device.write(plan.buffers[index], data)
         self.live.write(lambda dim: evaluate(dim, env.__getitem__))
-        return env, plan
 
     def _finish(self, encoder: Any, plan: Plan, env: dict[Sym, int]) -> list[tuple[str, HostArray | int]]:
         """Copy the outputs out, submit, wait, convert."""
@@ -325,10 +346,10 @@ class Delegate:
             for output, entry in zip(self.graph.outputs, shapes, strict=True):
                 if isinstance(output, Ref) and not isinstance(entry, int) and entry[4]:
                     encoder.copy_buffer_to_buffer(plan.buffers[output.value], 0, target, entry[3], entry[4])
-        self.device.gpu.queue.submit([encoder.finish()])
+        submission = native.submit(self.device.gpu.queue, encoder.finish())
         self.device.counters.submits += 1
         self.device.counters.dispatches += len(plan.launches)
-        data = self.read_back.read(total) if total else b""
+        data = self.read_back.read(submission, total) if total else b""
         results: list[tuple[str, HostArray | int]] = []
         for entry in shapes:
             if isinstance(entry, int):
@@ -340,6 +361,10 @@ class Delegate:
 
     def close(self) -> None:
         """Free the delegate's own GPU memory (weights and state belong to the program)."""
+        if self.companion is not None:
+            self.companion.close()
+            self.companion = None
+        self.closed = True
         self._drop_plans()
         self.pool.close()
         self.live.close()

@@ -223,7 +223,7 @@ class Device:
         self.counters.bytes_written += memoryview(data).nbytes
 
     def _subgroup_size(self) -> int:
-        """The smallest subgroup that kernels may count on; 0 where lanes are not numbered through subgroups in order."""
+        """The smallest subgroup that kernels may count on; 0 where lanes are not numbered through them in order."""
         kernel = Kernel(self.gpu, KernelKey("subgroup_probe", (), (), (), ""))
         usage = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_SRC
         buffer = self.gpu.create_buffer(label="subgroup probe", size=1024, usage=usage)

@@ -14,9 +14,10 @@ import numpy as np
 
 from .decoder import Convention, find_convention
 from .delegate import KernelTime
-from .errors import InputError, UnsupportedError
+from .errors import InputError, UnsupportedError, WebGPUDelegateError
 from .method import Method
 from .program import Program, Runtime, Source
+from .resident import DEPTH, UNCHOSEN, Batch, Resident, find_whole
 from .sampling import GREEDY, Sampling, choose
 from .tokenizer import TextCodec, TextStream, Tokenizer
 
@@ -36,6 +37,7 @@ class GenerationResult:
         decode_seconds: the rest; each step runs one token and chooses the next.
         decode_steps: number of those steps, one less than the tokens chosen.
         text: the new text, up to a stop string; None where only ids were generated.
+        steps_per_submit: the most steps that ran in one submit; 1 where the host chose each token.
     """
 
     tokens: tuple[int, ...]
@@ -45,6 +47,7 @@ class GenerationResult:
     decode_seconds: float
     decode_steps: int
     text: str | None = None
+    steps_per_submit: int = 1
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -63,14 +66,29 @@ class Generator:
     A token that `generate_next` chooses belongs to the sequence at once, but is run through the program only when
     its logits are needed: the last one of a text never is.
 
+    Where one delegate holds the whole model, `stream` and `generate` keep the loop on the GPU (see `resident.py`); else
+    they run one step at a time, and `fallback` says why.
+
     Args:
         method: a decoder; see `find_convention`. Its state belongs to this generator from now on.
         constants: the program, or the values of its constant methods by name.
+        steps_per_submit: decode steps that are submitted together; a submit runs while the host encodes the next, so
+            a stop token is noticed up to two submits late, and what ran past it is dropped. None: as many as take a
+            few hundredths of a second. 0: one step at a time, its logits are read and the host chooses.
     Raises:
         UnsupportedError: the method is no decoder; names its inputs.
+        InputError: steps_per_submit is negative.
     """
 
-    def __init__(self, method: Method, constants: Program | Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        method: Method,
+        constants: Program | Mapping[str, Any] | None = None,
+        *,
+        steps_per_submit: int | None = None,
+    ) -> None:
+        if steps_per_submit is not None and steps_per_submit < 0:
+            raise InputError(f"steps_per_submit is {steps_per_submit}, expected at least 0, or None")
         self.method = method
         self.constants = dict((constants.constants if isinstance(constants, Program) else constants) or {})
         self.convention: Convention = find_convention(method, self.constants)
@@ -80,6 +98,32 @@ class Generator:
         self._logits: Array | None = None
         """Of token `_run - 1`; None if not known."""
         self._seed = secrets.randbits(64)
+        self.steps_per_submit = steps_per_submit
+        self.largest_submit = 1
+        """Most steps that the last `generate` submitted together."""
+        self._changes = 0
+        """Grows with every change of the sequence from outside a running stream."""
+        self.fallback: str | None = self._find_fallback()
+
+    def _find_fallback(self) -> str | None:
+        """Why decoding runs one step at a time; None if it need not."""
+        if self.steps_per_submit == 0:
+            return "steps_per_submit is 0"
+        try:
+            find_whole(self.method, self.convention)
+        except UnsupportedError as error:
+            return str(error)
+        return None
+
+    def _ahead(self) -> Resident | None:
+        """The loop on the GPU; None where it cannot be."""
+        if self.fallback is not None or self.capacity is None:
+            return None
+        try:
+            return Resident.of(find_whole(self.method, self.convention), self.convention, self.capacity)
+        except UnsupportedError as error:
+            self.fallback = str(error)
+            return None
 
     # -- the sequence
 
@@ -128,6 +172,7 @@ class Generator:
         if not new:
             raise InputError("no tokens to append")
         self._check_room(len(new), f"appending {len(new):,} tokens")
+        self._changes += 1
         self._advance(self._tokens + new)
 
     def generate_next(self, sampling: Sampling = GREEDY) -> int:
@@ -144,6 +189,7 @@ class Generator:
             self._advance(self._tokens)
         if self._logits is None:
             raise AssertionError("running a token gave no logits")
+        self._changes += 1
         token = choose(self._logits, sampling, self._seed, len(self._tokens), self._tokens)
         self._tokens.append(token)
         return token
@@ -159,6 +205,7 @@ class Generator:
             raise InputError(f"cannot rewind to {length}: the sequence has {self.length} tokens")
         if length == self.length:
             return
+        self._changes += 1
         if length == 0:
             self.reset()
             return
@@ -173,6 +220,7 @@ class Generator:
 
     def reset(self) -> None:
         """Start a new, empty sequence."""
+        self._changes += 1
         self.method.reset()
         self._tokens.clear()
         self._run, self._logits = 0, None
@@ -261,6 +309,7 @@ class Generator:
         began = time.perf_counter()
         steps = self._start(prompt_ids, max_new_tokens, stop_ids, sampling)
         base, first, reason = self.length, 0.0, ""
+        self.largest_submit = 1
         found: list[int] = []
         while not reason:
             try:
@@ -275,7 +324,10 @@ class Generator:
                 reason = "stopped"
         ended = time.perf_counter()
         steps_run = max(self.length - base - 1, 0)
-        return GenerationResult(tuple(found), reason, len(prompt_ids), first - began, ended - first, steps_run)
+        return GenerationResult(
+            tuple(found), reason, len(prompt_ids), first - began, ended - first, steps_run,
+            steps_per_submit=self.largest_submit,
+        )  # fmt: skip
 
     def _start(
         self,
@@ -300,12 +352,56 @@ class Generator:
         while count != limit:
             if self.room == 0:
                 return "capacity"
+            known = self._run == len(self._tokens) and self._logits is not None
+            ahead = None if known else self._ahead()  # known logits want no step, only a choice
+            if ahead is not None:
+                found, reason = yield from self._run_ahead(
+                    ahead, None if limit is None else limit - count, stops, sampling
+                )
+                count += found
+                if reason:
+                    return reason
+                continue
             token = self.generate_next(sampling)
             if token in stops:
                 return "stop_token"
             yield token
             count += 1
         return "max_new_tokens"
+
+    def _run_ahead(
+        self, ahead: Resident, limit: int | None, stops: Collection[int], sampling: Sampling
+    ) -> abc.Generator[int, None, tuple[int, str]]:
+        """New ids from the GPU; returns how many, and why they ended ("" if the sequence was changed from outside)."""
+        room = self.room
+        budget = min(x for x in (limit, room) if x is not None)
+        ended = "max_new_tokens" if budget == limit else "capacity"
+        ahead.start(self._tokens[-1], len(self._tokens) - 1, sampling, self._seed, self._tokens)
+        changes, sent, count = self._changes, 0, 0
+        batch = Batch(self.steps_per_submit)
+        try:
+            while count < budget:
+                while sent < budget and ahead.flying < DEPTH:
+                    steps = min(batch.steps, budget - sent)
+                    ahead.submit(steps)
+                    sent += steps
+                    self.largest_submit = max(self.largest_submit, steps)
+                tokens = ahead.collect()
+                batch.done(len(tokens))
+                for token in tokens:
+                    if token < 0:
+                        raise WebGPUDelegateError(UNCHOSEN[token])
+                    self._tokens.append(token)
+                    self._run, self._logits = len(self._tokens) - 1, None
+                    if token in stops:
+                        return count, "stop_token"
+                    count += 1
+                    yield token
+                    if self._changes != changes:
+                        return count, ""
+        finally:
+            ahead.drop()
+        return count, ended
 
 
 def _token(place: int, value: Any, vocabulary: int) -> int:

@@ -69,7 +69,7 @@ def least_subgroup(adapter: Any, probed: int) -> int:
 
 
 Record = tuple[Any, Any, int, int, int, Any, int]
-"""Pipeline (None: that of the record before), bind group, grid, indirect buffer or None, byte offset in it: C handles."""
+"""Pipeline (None: that before), bind group, grid, indirect buffer or None, byte offset in it; C handles."""
 
 
 def compiled(launches: Iterable[Any]) -> list[Record]:
@@ -104,3 +104,60 @@ def encode(compute: Any, records: Iterable[Record]) -> None:
             dispatch(encoder, x, y, z)
         else:
             indirectly(encoder, indirect, offset)
+
+
+def submit(queue: Any, commands: Any) -> int:
+    """Submit one command buffer; returns the number that `wait` takes."""
+    handles = ffi.new("WGPUCommandBuffer[]", [commands._internal])
+    return int(_api.libf.wgpuQueueSubmitForIndex(queue._internal, 1, handles))
+
+
+def wait(gpu: Any, submission: int | None = None) -> None:
+    """Return when a submission is done, or all of them; callbacks of mappings that are ready run meanwhile."""
+    index = ffi.NULL if submission is None else ffi.new("WGPUSubmissionIndex *", submission)
+    _api.libf.wgpuDevicePoll(gpu._internal, 1, index)
+
+
+class Download:
+    """Reads a buffer with MAP_READ usage back. wgpu-py's own way waits for everything that was submitted, and submits
+    once more; this one waits for the submission that wrote the buffer."""
+
+    def __init__(self, gpu: Any, buffer: Any) -> None:
+        self.gpu = gpu
+        self.buffer = buffer
+        self._status: int | None = None
+        self._message = ""
+        self._size = 0
+
+        @ffi.callback("void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)")
+        def mapped(status: int, message: Any, _first: Any, _second: Any) -> None:
+            self._message = _api.from_c_string_view(message) or ""
+            self._status = status
+
+        self._callback = mapped
+
+    def begin(self, size: int) -> None:
+        """Ask for the first `size` bytes (a multiple of 4), after the submit that writes them."""
+        info = _api.new_struct(
+            "WGPUBufferMapCallbackInfo", mode=lib.WGPUCallbackMode_AllowProcessEvents, callback=self._callback
+        )
+        self._status, self._size = None, size
+        _api.libf.wgpuBufferMapAsync(self.buffer._internal, lib.WGPUMapMode_Read, 0, size, info)
+
+    def finish(self, submission: int) -> bytes:
+        """Wait for the bytes. Raises RuntimeError if the device failed."""
+        wait(self.gpu, submission)
+        while self._status is None:
+            wait(self.gpu)
+        if self._status != lib.WGPUMapAsyncStatus_Success:
+            raise RuntimeError(f"reading back failed: {self._message} (status {self._status})")
+        try:
+            start = _api.libf.wgpuBufferGetMappedRange(self.buffer._internal, 0, self._size)
+            return bytes(ffi.buffer(start, self._size))
+        finally:
+            _api.libf.wgpuBufferUnmap(self.buffer._internal)
+
+
+def timestamp_period(gpu: Any) -> float:
+    """Nanoseconds of one unit of a timestamp: wgpu-native resolves queries to the device's own units."""
+    return float(lib.wgpuQueueGetTimestampPeriod(gpu.queue._internal))

@@ -9,7 +9,7 @@ from typing import Any
 
 import wgpu
 
-from ..backend.graph import Graph, Node, Sym, evaluate
+from ..backend.graph import Dim, Graph, Node, Sym, evaluate
 from ..ops.base import Check, Dispatch, ElementCheck, Live, Lowering, find, viewed, with_node
 from . import native
 from .buffers import LiveTable, Pool, storage_size
@@ -82,7 +82,15 @@ class Launch:
 
 @dataclass
 class Plan:
-    """See the module's docstring. `records` are the launches in the form that a step encodes."""
+    """See the module's docstring.
+
+    Attributes:
+        records: the launches in the form that a step encodes.
+        buffers: value index -> GPU buffer of its storage.
+        generation: of pool and live table when it was made; outdated if theirs differ.
+        live: the expressions that its kernels read from the live table.
+        dropped: its params were freed; it must not be encoded any more.
+    """
 
     launches: list[Launch]
     records: list[native.Record]
@@ -92,6 +100,8 @@ class Plan:
     generation: tuple[int, int]
     params: Any
     scratch_bytes: int
+    live: frozenset[Dim]
+    dropped: bool = False
 
 
 class Planner:
@@ -155,6 +165,7 @@ class Planner:
             self.generation,
             params,
             sum(size for storage, size in sizes.items() if isinstance(storage, tuple)),
+            frozenset(p.dim for _, dispatch, _ in placed for p in dispatch.params.values() if isinstance(p, Live)),
         )
 
     def _liveness(
@@ -179,8 +190,6 @@ class Planner:
 
         for index in graph.inputs:
             touch(index, -1)
-            if graph.values[index].dtype in ("i32", "i64"):
-                touch(index, end)  # tokens and positions, which the GPU may write for the next step
         for number, node in enumerate(graph.nodes):
             for index in (*node.inputs(), *node.outputs):
                 touch(index, number)
@@ -190,6 +199,9 @@ class Planner:
         for output in graph.outputs:
             if not isinstance(output, int | Sym):
                 touch(output.value, end)
+        for index in graph.inputs:
+            if graph.values[index].dtype in ("i32", "i64"):
+                touch(index, end)  # tokens and positions, which the GPU may write for the next step
         return sizes, span
 
     def _place_live(self, dispatch: Dispatch) -> tuple[int, dict[str, int]]:
