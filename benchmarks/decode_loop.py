@@ -18,17 +18,20 @@ from typing import Any, Protocol
 import numpy as np
 
 from executorch_webgpu.backend.graph import ITEM_SIZE, Graph, product
-from executorch_webgpu.runtime.decoder import find_convention
+from executorch_webgpu.runtime.decoder import Convention, find_convention
 from executorch_webgpu.runtime.delegate import Delegate
 from executorch_webgpu.runtime.device import Device
 from executorch_webgpu.runtime.errors import InputError, UnsupportedError
 from executorch_webgpu.runtime.program import Runtime
+from executorch_webgpu.runtime.replay import Replay
+from executorch_webgpu.runtime.resident import DEPTH, Resident, Whole, find_whole
+from executorch_webgpu.runtime.sampling import GREEDY
 
 from .baseline import measure
 from .graphs import DecoderSizes, Inputs, decoder, encode, ready
 from .host import watched
 from .report import Report, add_common, numbers
-from .timing import Times, repetitions_for, time_passes
+from .timing import Stamps, Times, repetitions_for, time_passes
 
 Array = np.ndarray[Any, Any]
 
@@ -62,6 +65,10 @@ class Decoder(Protocol):
         """What each delegate gets in such a run."""
         ...
 
+    def resident(self) -> Resident:
+        """Its loop on the GPU."""
+        ...
+
     def record(self) -> dict[str, Any]:
         """For the `shape` field."""
         ...
@@ -87,6 +94,10 @@ class RecordsDecoder:
 
     def inputs(self, tokens: Sequence[int], position: int) -> Sequence[Inputs]:
         return [[("i64", np.array([tokens], np.int64)), ("i64", np.array([position], np.int64))]]
+
+    def resident(self) -> Resident:
+        convention = Convention(False, self.capacity, self.sizes.vocabulary, self.capacity, True)
+        return Resident.of(Whole(self.loaded.delegate, 0, 1, 0), convention, self.capacity)
 
     def record(self) -> dict[str, Any]:
         return dict(self.sizes.record())
@@ -136,6 +147,9 @@ class ProgramDecoder:
                 del delegate.execute
         return found
 
+    def resident(self) -> Resident:
+        return Resident.of(find_whole(self.method, self.convention), self.convention, self.capacity)
+
     def record(self) -> dict[str, Any]:
         return {"vocabulary": self.convention.vocabulary, "capacity": self.capacity}
 
@@ -146,10 +160,19 @@ class ProgramDecoder:
 # -- ways to run steps
 
 
-def single_steps(model: Decoder, token: int, position: int, steps: int) -> list[StepTimes]:
+@dataclass(frozen=True)
+class Run:
+    """What a mode measured: the times of each step, and the GPU's busy share between the first and the last pass of
+    the run by timestamps (None where it was not stamped)."""
+
+    steps: list[StepTimes]
+    busy: float | None = None
+
+
+def single_steps(model: Decoder, token: int, position: int, steps: int) -> Run:
     """One step a submit; the host reads the logits back and takes the largest."""
     found = []
-    with watched(model.device, model.delegates()) as clock:
+    with watched() as clock:
         for step in range(steps):
             began = time.perf_counter()
             clock.start()
@@ -159,12 +182,74 @@ def single_steps(model: Decoder, token: int, position: int, steps: int) -> list[
             ended = time.perf_counter()
             choose = ended - began - clock.total
             found.append(StepTimes(clock.encode, clock.submit, clock.wait, choose, ended - began))
-    return found
+    return Run(found)
 
 
-Mode = Callable[[Decoder, int, int, int], list[StepTimes]]
-"""(decoder, first token, its position, steps) -> the times of each step."""
-MODES: dict[str, Mode] = {"single": single_steps}
+def replayed_steps(model: Decoder, token: int, position: int, steps: int) -> Run:
+    """As `single_steps`, with the step captured."""
+    [delegate] = model.delegates()
+    first = model.inputs([token], position)[0]
+    replay = Replay(delegate, first)
+    found = []
+    with watched() as clock:
+        for step in range(steps):
+            inputs = _moved(first, token, position + step)
+            began = time.perf_counter()
+            clock.start()
+            outputs = replay.execute(inputs)
+            clock.stop()
+            token = int(np.asarray(outputs[0][1]).reshape(-1).argmax())
+            ended = time.perf_counter()
+            choose = ended - began - clock.total
+            found.append(StepTimes(clock.encode, clock.submit, clock.wait, choose, ended - began))
+    return Run(found)
+
+
+def _moved(inputs: Inputs, token: int, position: int) -> Inputs:
+    """The inputs of a step with another token and position."""
+    (first, tokens), (second, positions) = inputs
+    return [(first, np.full_like(tokens, token)), (second, np.full_like(positions, position))]
+
+
+def resident_steps(together: int) -> Mode:
+    """The loop on the GPU, so many steps a submit, two submits in flight."""
+
+    def mode(model: Decoder, token: int, position: int, steps: int) -> Run:
+        resident = model.resident()
+        submits = [min(together, steps - done) for done in range(0, steps, together)]
+        stamps = Stamps(model.device, len(submits))
+        resident.pass_options = stamps.next
+        resident.start(token, position, GREEDY, 0, ())
+        found = []
+        try:
+            with watched() as clock:
+                sent = 0
+                for count in submits:
+                    began = time.perf_counter()
+                    clock.start()
+                    while sent < len(submits) and resident.flying < DEPTH:
+                        resident.submit(submits[sent])
+                        sent += 1
+                    resident.collect()
+                    clock.stop()
+                    took = time.perf_counter() - began
+                    parts = (clock.encode, clock.submit, clock.wait, 0.0, took)
+                    found += [StepTimes(*(part / count for part in parts))] * count
+        finally:
+            resident.drop()
+            resident.pass_options = dict
+        return Run(found, stamps.busy())
+
+    return mode
+
+
+Mode = Callable[[Decoder, int, int, int], Run]
+"""(decoder, first token, its position, steps) -> what was measured."""
+MODES: dict[str, Mode] = {
+    "single": single_steps,
+    "replay": replayed_steps,
+    **{f"resident-{count}": resident_steps(count) for count in (1, 4, 8, 32)},
+}
 
 
 # -- measuring
@@ -214,7 +299,8 @@ def steps_of(report: Report, model: Decoder, name: str, dtype: str, options: arg
         mode(model, 1, position, min(steps, 8))
         if time.perf_counter() - began >= options.warm_up:
             break
-    found = mode(model, 1, position, steps)
+    run = mode(model, 1, position, steps)
+    found = run.steps
     middle = position + steps // 2
     gpu, kernels = gpu_times(model, [1], middle, options)
     total = Times.of(np.array([step.total for step in found]) * 1e6)
@@ -234,6 +320,7 @@ def steps_of(report: Report, model: Decoder, name: str, dtype: str, options: arg
         host=parts,
         gpu_us=float(f"{gpu.median:.5g}"),
         gpu_busy=float(f"{gpu.median * steps / 1e6 / wall:.4g}"),
+        gpu_busy_by_stamps=None if run.busy is None else float(f"{run.busy:.4g}"),
         gpu_gb_per_s=float(f"{needed / gpu.median / 1e3:.5g}"),
         gpu_copy_share=None if report.rates is None else float(f"{needed / gpu.median / 1e3 / report.rates.copy:.4g}"),
         kernels=sorted(set(kernels)),

@@ -111,7 +111,7 @@ def step_cost(report: Report, options: argparse.Namespace) -> None:
         encoded = _times(
             [_encoding(device, lambda compute: encode(compute, plan)) for _ in range(options.samples)], count
         )
-        with watched(device, [loaded.delegate]) as clock:
+        with watched() as clock:
             for step in range(options.samples):
                 inputs[1] = ("i64", np.array([step % SMALL.capacity], np.int64))
                 clock.start()

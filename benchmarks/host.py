@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from executorch_webgpu.runtime.delegate import Delegate
-from executorch_webgpu.runtime.device import Device
+from executorch_webgpu.runtime import native
 
 
 @dataclass
 class StepClock:
     """Seconds spent since `start`, by what the host did.
 
-    `submit`: inside the queue's submit; `wait`: reading outputs back, until the GPU is done (with the empty submit that
-    wgpu-py makes then); `total`: from `start` to `stop`. The rest, checks, uploads and encoding, is `encode`.
+    `submit`: inside the queue's submit; `wait`: reading outputs back, until the GPU is done; `total`: from `start` to
+    `stop`. The rest, checks, uploads and encoding, is `encode`.
     """
 
     submit: float = 0.0
     wait: float = 0.0
     total: float = 0.0
     _began: float = field(default=0.0, repr=False)
-    _inside: bool = field(default=False, repr=False)
 
     @property
     def encode(self) -> float:
@@ -39,28 +37,23 @@ class StepClock:
 
 
 @contextmanager
-def watched(device: Device, delegates: Sequence[Delegate]) -> Iterator[StepClock]:
-    """A clock that counts every submit of the device and every readback of the delegates while the context lasts."""
+def watched() -> Iterator[StepClock]:
+    """A clock that counts every submit and every readback of the runtime while the context lasts."""
     clock = StepClock()
-    queue = device.gpu.queue
-    replaced: list[tuple[Any, str]] = []
+    replaced: list[tuple[Any, str, Any]] = []
 
     def watch(owner: Any, name: str, add: Callable[[float], None]) -> None:
         inner = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if clock._inside:
-                return inner(*args, **kwargs)
-            clock._inside = True
             began = time.perf_counter()
             try:
                 return inner(*args, **kwargs)
             finally:
-                clock._inside = False
                 add(time.perf_counter() - began)
 
         setattr(owner, name, timed)
-        replaced.append((owner, name))
+        replaced.append((owner, name, inner))
 
     def submitted(seconds: float) -> None:
         clock.submit += seconds
@@ -69,10 +62,9 @@ def watched(device: Device, delegates: Sequence[Delegate]) -> Iterator[StepClock
         clock.wait += seconds
 
     try:
-        watch(queue, "submit", submitted)
-        for delegate in delegates:
-            watch(delegate.read_back, "read", waited)
+        watch(native, "submit", submitted)
+        watch(native.Download, "finish", waited)
         yield clock
     finally:
-        for owner, name in replaced:
-            delattr(owner, name)  # the class's own method shows again
+        for owner, name, inner in replaced:
+            setattr(owner, name, inner)

@@ -47,14 +47,9 @@ class Times:
         return Times(self.median / parts, self.p10 / parts, self.p90 / parts, self.samples, self.repetitions)
 
 
-def timestamp_period(device: Device) -> float:
-    """Nanoseconds of one unit of a timestamp: wgpu-native resolves queries to the device's own units."""
-    return float(native.lib.wgpuQueueGetTimestampPeriod(device.gpu.queue._internal))
-
-
 def wait(device: Device) -> None:
     """Return when everything submitted is done (wgpu-py 0.32's own call for this fails)."""
-    native.lib.wgpuDevicePoll(device.gpu._internal, 1, native.ffi.NULL)
+    native.wait(device.gpu)
 
 
 class _Stamps:
@@ -88,7 +83,42 @@ class _Stamps:
         raw = np.frombuffer(self.device.gpu.queue.read_buffer(self.resolved, 0, self.size), np.uint64).reshape(-1, 2)
         self.resolved.destroy()
         ticks = raw[:, 1].astype(np.int64) - raw[:, 0].astype(np.int64)
-        return ticks * (timestamp_period(self.device) / 1000.0)
+        return ticks * (native.timestamp_period(self.device.gpu) / 1000.0)
+
+
+class Stamps:
+    """Timestamps of the passes of somebody else's submits: `next` gives the options of the next pass."""
+
+    def __init__(self, device: Device, passes: int) -> None:
+        require_timestamps(device)
+        self.device = device
+        self.count = 0
+        self.passes = passes
+        self.queries = device.gpu.create_query_set(type="timestamp", count=2 * passes)
+
+    def next(self) -> dict[str, Any]:
+        """The options of a compute pass that stamp it."""
+        number, self.count = self.count, self.count + 1
+        if number >= self.passes:
+            raise ValueError(f"more than {self.passes} passes")
+        return {
+            "timestamp_writes": {
+                "query_set": self.queries,
+                "beginning_of_pass_write_index": 2 * number,
+                "end_of_pass_write_index": 2 * number + 1,
+            }
+        }
+
+    def busy(self) -> float:
+        """Time inside passes over the time from the first begin to the last end, of the passes so far."""
+        usage = wgpu.BufferUsage.QUERY_RESOLVE | wgpu.BufferUsage.COPY_SRC
+        resolved = self.device.gpu.create_buffer(size=max(16 * self.count, 256), usage=usage)
+        encoder = self.device.gpu.create_command_encoder(label="stamps")
+        encoder.resolve_query_set(self.queries, 0, 2 * self.count, resolved, 0)
+        self.device.gpu.queue.submit([encoder.finish()])
+        raw = np.frombuffer(self.device.gpu.queue.read_buffer(resolved, 0, 16 * self.count), np.uint64).reshape(-1, 2)
+        resolved.destroy()
+        return float((raw[:, 1] - raw[:, 0]).sum() / (raw[-1, 1] - raw[0, 0]))
 
 
 def require_timestamps(device: Device) -> None:

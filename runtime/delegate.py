@@ -58,7 +58,7 @@ class Delegate:
         self.planner = Planner(graph, device, self.pool, self.live, self._fixed)
         self.closed = False
         self.companion: Any = None
-        """What decodes with this delegate on the GPU (`resident.Resident`), for the next generator too; freed with it."""
+        """What decodes with this on the GPU (`resident.Resident`), kept for the next generator, freed with it."""
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._key_symbols: tuple[Sym, ...] = ()
         self._ranges = {r.symbol: r for r in graph.symbols}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +135,8 @@ class Resident:
         self._flying: deque[tuple[int, int, int]] = deque()
         self._position = 0
         self._done = 0
+        self.pass_options: Callable[[], dict[str, Any]] = dict
+        """Gives further options of the next submit's compute pass: timestamps, for measurements."""
         self._prepare()
 
     def _inputs(self, token: int, position: int) -> list[tuple[str, Any]]:
@@ -231,7 +233,7 @@ class Resident:
         records = self._step_records(plan)
         gpu = self.device.gpu
         encoder = gpu.create_command_encoder(label="steps")
-        compute = encoder.begin_compute_pass(label="steps")
+        compute = encoder.begin_compute_pass(label="steps", **self.pass_options())
         for _ in range(steps):
             native.encode(compute, records)
         compute.end()
