@@ -5,7 +5,7 @@ wgsl/attention_decode.wgsl (any device and head size), and wgsl/attention_merge.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..backend.graph import Arg, Ref
 from .attention_common import (
@@ -19,7 +19,7 @@ from .attention_common import (
     types_of,
     vec4s,
 )
-from .base import Dispatch, Limits, Lowering, Param
+from .base import Dispatch, Grid, Limits, Lowering, Param
 
 DECODE_ROWS = 8
 """Query rows (sequence positions) up to which the decode route is taken."""
@@ -29,14 +29,17 @@ TARGET_WORKGROUPS = 2048
 """Workgroups of the decode kernel beyond which keys are not split further."""
 MAX_SCRATCH = 32 << 20
 """Bytes of partial results beyond which the keys are split less, or the prefill route is taken."""
-STREAM_LANES = 128
-"""Lanes of a workgroup of the stream kernel: its workgroup memory then fits WebGPU's default limit."""
+STREAM_LANES = 256
+"""Lanes of a workgroup of the stream kernel."""
 STREAM_TILES = 4
 """Tiles of rows of one workgroup of the stream kernel at most."""
-STREAM_WORKGROUPS = 512
-"""Workgroups of the stream kernel that splitting the keys aims at."""
+STREAM_WORKGROUPS = 256
+"""Workgroups of the stream kernel that splitting the keys aims at: what a large GPU runs at once (docs/KERNELS.md)."""
+_ROWS_PARTS = {1: "rows_1", 2: "rows_2", 4: "rows_4"}
 DECODE_COLUMNS = 64
 """vec4 value columns of one decode workgroup; wider heads take several."""
+SPLIT_WORD, MERGE_WORD, SIZES_WORDS = 0, 4, 8
+"""The argument `sizes`: where the grids of the stream kernel and of its merge begin (x, y, z each), and its length."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,18 @@ def _merge(
     return dispatch_of(ctx, "attention_merge", bindings, every, own, grid, consts, kinds, ("rules", "splits"))
 
 
+def _join(
+    ctx: Lowering, args: Mapping[str, Arg], problem: Problem, out: Ref, every: Mapping[str, Param], from_: Partials
+) -> Dispatch:
+    types = types_of(ctx, args, problem, out)
+    own: dict[str, Param] = {"splits": from_.splits, "split_tile": from_.split_tile}
+    bindings = {**bindings_of(ctx, args, "sink"), "partial": from_.partial, "ml": from_.ml, "out": out.value}
+    kinds = {"Out": f"vec4<{types['Out']}>", "Sink": types["Sink"]}
+    grid = (problem.heads * join_blocks(problem), problem.rows, problem.batch)
+    parts = ("rules", "splits")
+    return dispatch_of(ctx, "attention_join", bindings, every, own, grid, {"DV": problem.dv}, kinds, parts)
+
+
 # -- devices with subgroups
 
 
@@ -147,6 +162,7 @@ class StreamChoice:
         row_tiles: workgroups over the rows of a KV head.
         splits: of the keys, at most.
         prefetch: ask for the next round's keys before this round's scores.
+        joins: attention_join.wgsl follows, which needs subgroups of 32, not attention_merge.wgsl.
     """
 
     lanes: int
@@ -156,11 +172,17 @@ class StreamChoice:
     row_tiles: int
     splits: int
     prefetch: bool
+    joins: bool
 
     @property
     def step(self) -> int:
         """Keys of one round."""
         return self.lanes // self.shares // self.tiles * 4
+
+    @property
+    def split_tile(self) -> int:
+        """Keys that a split is a multiple of."""
+        return max(TILE, min(self.step, 64))
 
 
 def choose_stream(problem: Problem, limits: Limits, cell: int, variant: str = "auto") -> StreamChoice | None:
@@ -178,8 +200,7 @@ def choose_stream(problem: Problem, limits: Limits, cell: int, variant: str = "a
     asked = {} if variant == "auto" else {k: int(v) for k, v in (part.split("=") for part in variant.split(";"))}
     count = problem.group * problem.rows
     rows = min(4, 1 << (count - 1).bit_length())
-    lanes = asked.get("lanes", min(STREAM_LANES, limits.max_invocations))
-    tiles = asked.get("tiles", min(STREAM_TILES, 1 << (-(-count // rows) - 1).bit_length(), lanes // shares))
+    tiles = asked.get("tiles", min(STREAM_TILES, 1 << (-(-count // rows) - 1).bit_length()))
     row_tiles = -(-count // (rows * tiles))
     per_split = problem.results * (problem.dv + 2) * 4
     groups = problem.batch * problem.kv_heads * row_tiles
@@ -188,9 +209,37 @@ def choose_stream(problem: Problem, limits: Limits, cell: int, variant: str = "a
         return None
     wanted = asked.get("splits", max(1, STREAM_WORKGROUPS // groups))
     splits = max(1, min(MAX_SPLITS, -(-problem.capacity // TILE), wanted, room))
+    # Few rounds: the wait for the first keys counts, so ask early. Several tiles: fewer bytes are under way at a time.
+    round_ = STREAM_LANES // shares // tiles * 4
+    prefetch = bool(asked.get("prefetch", tiles > 1 or problem.capacity <= 2 * splits * round_))
+    lanes = asked.get("lanes", STREAM_LANES // 2 if prefetch else STREAM_LANES)
+    while lanes > shares * tiles and not _stream_fits(lanes, shares, rows, tiles, limits):
+        lanes //= 2
+    if lanes < shares * tiles or not _stream_fits(lanes, shares, rows, tiles, limits):
+        return None
     if problem.kv_heads * row_tiles > limits.max_workgroups or problem.batch > limits.max_workgroups:
         return None
-    return StreamChoice(lanes, shares, rows, tiles, row_tiles, splits, bool(asked.get("prefetch", 0)))
+    return StreamChoice(
+        lanes,
+        shares,
+        rows,
+        tiles,
+        row_tiles,
+        splits,
+        prefetch,
+        limits.subgroup_size >= 32 and problem.heads * join_blocks(problem) <= limits.max_workgroups,
+    )
+
+
+def stream_memory(lanes: int, shares: int, rows: int, tiles: int, subgroup: int) -> int:
+    """Bytes of workgroup memory of attention_stream.wgsl."""
+    blocks = lanes // max(min(subgroup, lanes), shares * tiles)
+    return blocks * tiles * rows * (2 * shares * 16 + 8)
+
+
+def _stream_fits(lanes: int, shares: int, rows: int, tiles: int, limits: Limits) -> bool:
+    needed = stream_memory(lanes, shares, rows, tiles, limits.subgroup_size)
+    return lanes <= limits.max_invocations and needed <= limits.max_workgroup_memory
 
 
 def stream(
@@ -201,7 +250,7 @@ def stream(
     half = ctx.wgsl_type(args["key"]) == "f16"
     kinds = {name: types[name] for name in ("Mask", "Sink")}
     kinds |= {"Q": f"vec4<{types['Q']}>", "Out": f"vec4<{types['Out']}>", "Cell": "vec4<u32>" if half else "vec4<f32>"}
-    tile = max(TILE, min(choice.step, 64))
+    tile = choice.split_tile
     own: dict[str, Param] = {"splits": choice.splits, "split_tile": tile}
     common = consts_of(ctx, args, problem)
     consts = {
@@ -220,11 +269,55 @@ def stream(
     partial, ml = _scratch(ctx, problem, choice.splits if merges else 1)
     bindings = {**bindings_of(ctx, args, "query", "key", "value", "mask", "sink"), "partial": partial, "ml": ml}
     bindings["out"] = out.value
-    parts = ("rules", "splits", "scores_only", f"rows_{choice.rows}", "cells_f16" if half else "cells_f32")
-    grid = (choice.splits, problem.kv_heads * choice.row_tiles, problem.batch)
-    yield dispatch_of(ctx, "attention_stream", bindings, every, own, grid, consts, kinds, parts)
+    parts = ("rules", "splits", "scores_only", _ROWS_PARTS[choice.rows], "cells_f16" if half else "cells_f32")
+    sizes = args.get("sizes") if live_stream(ctx, args, problem) == choice else None
+    grid, _ = grids(problem, choice)
+    yield _sized(
+        ctx, dispatch_of(ctx, "attention_stream", bindings, every, own, grid, consts, kinds, parts), sizes, SPLIT_WORD
+    )
     if merges:
-        yield _merge(ctx, args, problem, out, every, Partials(partial, ml, choice.splits, tile, alone=True))
+        partials = Partials(partial, ml, choice.splits, tile, alone=True)
+        merges_by = _join if choice.joins else _merge
+        merge = merges_by(ctx, args, problem, out, every, partials)
+        yield _sized(ctx, merge, sizes, MERGE_WORD)
+
+
+def grids(problem: Problem, choice: StreamChoice) -> tuple[Grid, Grid]:
+    """The grids of the stream kernel, where every split has keys, and of its merge, where it is not folded."""
+    split = (choice.splits, problem.kv_heads * choice.row_tiles, problem.batch)
+    return split, (problem.heads * (join_blocks(problem) if choice.joins else 1), problem.rows, problem.batch)
+
+
+def join_blocks(problem: Problem) -> int:
+    """Workgroups of attention_join.wgsl for a row: 16 vec4 columns each."""
+    return -(-problem.dv // 64)
+
+
+def live_stream(ctx: Lowering, args: Mapping[str, Arg], problem: Problem) -> StreamChoice | None:
+    """The division of an attention whose grids follow the live length, in a tensor `sizes` that an operator before it
+    writes; None where its grids are fixed.
+
+    The operator that writes `sizes` and the attention that reads it both ask here. Fixed are the grids of other routes,
+    of a device on which indirect dispatches are no gain or whose limits leave no room for the ninth storage buffer of
+    the kernel that writes, and of an attention without splits.
+
+    Args:
+        args: `key` and `value`, the caches as attention reads them; `route` if it is not chosen by sizes.
+    """
+    limits = ctx.limits
+    if not limits.cheap_indirect or limits.max_storage_buffers <= 8 or args.get("route", "auto") != "auto":
+        return None
+    if problem.rows > DECODE_ROWS or problem.results * problem.dv == 0:
+        return None
+    choice = choose_stream(problem, limits, cell_columns(ctx, args))
+    if choice is None or choice.splits == 1 or max(grids(problem, choice)[1]) > limits.max_workgroups:
+        return None
+    return choice
+
+
+def _sized(ctx: Lowering, dispatch: Dispatch, sizes: Arg, word: int) -> Dispatch:
+    """The dispatch with its grid in `sizes` from `word` on, if given."""
+    return dispatch if sizes is None else replace(dispatch, indirect=ctx.id(sizes), indirect_word=word)
 
 
 def cell_columns(ctx: Lowering, args: Mapping[str, Arg]) -> int:

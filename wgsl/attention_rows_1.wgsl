@@ -1,4 +1,4 @@
-// No kernel: what a lane of `attention_stream` holds for one query row; appended to it. attention_rows_2.wgsl and attention_rows_4.wgsl are the same for
+// No kernel (for devices with subgroups): what a lane of `attention_stream` holds for one query row; appended to it. attention_rows_2.wgsl and attention_rows_4.wgsl are the same for
 // two and four rows.
 
 alias Rows = f32; // one number a row

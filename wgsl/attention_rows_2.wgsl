@@ -1,4 +1,5 @@
-// No kernel: attention_rows_1.wgsl for two rows.
+// No kernel: what attention_rows_1.wgsl has for one query row, for two; appended to `attention_stream`, which needs subgroups. The functions are
+// described there.
 
 alias Rows = vec2<f32>;
 alias Tile = mat2x4<f32>;

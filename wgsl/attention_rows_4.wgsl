@@ -1,4 +1,5 @@
-// No kernel: attention_rows_1.wgsl for four rows.
+// No kernel: what attention_rows_1.wgsl has for one query row, for four; appended to `attention_stream`, which needs subgroups. The functions are
+// described there.
 
 alias Rows = vec4<f32>;
 alias Tile = mat4x4<f32>;

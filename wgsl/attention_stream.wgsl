@@ -166,13 +166,6 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     let tile0 = first_row + tile * ROWS;
     let k_base = b * params.k_b + kv_head * params.k_h;
     let v_base = b * params.v_b + kv_head * params.v_h;
-    let q0 = query_tile(tile0, count, b, kv_head, cell_column(l, 0u));
-    let q1 = query_tile(tile0, count, b, kv_head, cell_column(l, 1u));
-
-    var top = Rows(select(LOWEST, FLOOR, PLAIN));
-    var sum = Rows();
-    var acc0 = Tile();
-    var acc1 = Tile();
     var j = begin + slot;
     var k0 = Raw();
     var k1 = Raw();
@@ -184,6 +177,13 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         k2 = key_cell(j + 2u * SLOTS < end, k_base + (j + 2u * SLOTS) * params.k_s, l);
         k3 = key_cell(j + 3u * SLOTS < end, k_base + (j + 3u * SLOTS) * params.k_s, l);
     }
+    let q0 = query_tile(tile0, count, b, kv_head, cell_column(l, 0u));
+    let q1 = query_tile(tile0, count, b, kv_head, cell_column(l, 1u));
+
+    var top = Rows(select(LOWEST, FLOOR, PLAIN));
+    var sum = Rows();
+    var acc0 = Tile();
+    var acc1 = Tile();
     for (var key0 = begin; key0 < end; key0 += STEP) {
         j = key0 + slot;
         if (!PREFETCH) {

@@ -25,7 +25,9 @@ attention; float16 caches are rounded to float16 as the program says. Route B is
 `to_edge(...).to_backend(...)`.
 
 `bare_*_user_caches` hands its caches in and out: ExecuTorch itself puts `aten::copy_` outside the delegate then.
-Caches that are also outputs (`*_cache_returned`) need route B, where the partitioner clones the output.
+Caches that are also outputs (`*_cache_returned`) need route B, where the partitioner clones the output: on route A
+ExecuTorch's `to_backend` refuses a delegate whose mutated buffer is an output too, so the partitioner leaves the cache
+update outside and says why (`refused`).
 """
 
 
@@ -39,13 +41,19 @@ def rows(files: list[Path]) -> dict[tuple[str, str, str], dict[str, object]]:
     return found
 
 
+def result(row: dict[str, object]) -> str:
+    """pass, refused (the partitioner named operators that it cannot take), or FAIL."""
+    return "pass" if row["passed"] else "refused" if row["refused"] else "FAIL"
+
+
 def main() -> int:
     found = rows([Path(name) for name in sys.argv[1:]])
     limits = ", ".join(f"{dtype} {a:g} + {r:g} |ref|" for dtype, (a, r) in TOLERANCES.items())
     print(HEAD.format(tolerances=limits))
     devices = sorted({str(row["device"]) for row in found.values() if row["device"]})
     passed = sum(bool(row["passed"]) for row in found.values())
-    print(f"Devices: {', '.join(devices)}. {passed} of {len(found)} runs pass.\n")
+    refused = sum(not row["passed"] and bool(row["refused"]) for row in found.values())
+    print(f"Devices: {', '.join(devices)}. Of {len(found)} runs {passed} pass, {refused} are refused.\n")
     titles = ("configuration", "route", "limits", "delegates", "outside", "records", "dispatches", "error", "result")
     print("| " + " | ".join(titles) + " |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -55,7 +63,7 @@ def main() -> int:
         outside = ", ".join(sorted(set(row["outside"]))) or "-"  # type: ignore[call-overload]
         print(
             f"| {key[0]} | {key[1]} | {key[2]} | {row['delegates']} | {outside} | {row['nodes']} | {row['dispatches']} "
-            f"| {float(str(row['worst'])):.3f} | {'pass' if row['passed'] else 'FAIL'} |"
+            f"| {float(str(row['worst'])):.3f} | {result(row)} |"
         )
     missing = [config.name for config in CONFIGS if not any(key[0] == config.name for key in found)]
     if missing:
