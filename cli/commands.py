@@ -85,6 +85,12 @@ def cli() -> None:
 @click.option("--seed", type=int, help="Makes a run with a temperature repeatable.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
 @click.option("--adapter", metavar="NAME", help="Part of the name of the adapter to use; see `devices`.")
+@click.option(
+    "--steps-per-submit",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Decode steps that the GPU runs without the host; default: by their time; 0: one by one, chosen by the host.",
+)
 @click.option("--stats", is_flag=True, help="Afterwards show speed, memory and kernel times on standard error.")
 @click.option("--stream/--no-stream", default=True, show_default=True, help="Show text as it comes, or all at the end.")
 @_debug
@@ -103,6 +109,7 @@ def run(
     seed: int | None,
     stop: tuple[str, ...],
     adapter: str | None,
+    steps_per_submit: int | None,
     stats: bool,
     stream: bool,
 ) -> None:
@@ -118,7 +125,7 @@ def run(
     codec = Tokenizer(tokenizer)
     runtime = Runtime(Device.create(adapter)) if adapter else Runtime.get()
     with runtime.load_program(model, list(data)) as program:
-        generator = Generator(program.load_method(method), program)
+        generator = Generator(program.load_method(method), program, steps_per_submit=steps_per_submit)
         result = generate_text(
             generator,
             codec,

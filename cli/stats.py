@@ -27,6 +27,10 @@ def report(generator: Generator, result: GenerationResult) -> None:
         ("decode", result.decode_steps, result.decode_seconds, result.decode_tokens_per_second),
     ):
         out.print(f"{name}: {count:,} tokens in {seconds:.3f} s, {rate:,.1f} tokens/s")
+    if generator.fallback is None:
+        out.print(f"tokens chosen on the GPU, up to {result.steps_per_submit} steps a submit")
+    else:
+        out.print(f"one step at a time: {generator.fallback}", markup=False, soft_wrap=True)
     out.print("(The first calls of each size compile kernels; their time is included.)")
     out.print(f"ended by: {_REASONS[result.stop_reason]}")
     made = table("GPU memory", "purpose", "size", right=("size",))

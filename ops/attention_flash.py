@@ -27,8 +27,7 @@ MERGE_LANES = 128
 
 _SIZES = {"large": (128, 512), "medium": (64, 512), "small": (32, 256)}
 """Name -> rows of a workgroup, vec4s of values in workgroup memory."""
-_CHANGES = ("", "narrow", "lean", "direct", "exchange", "whole")
-VARIANTS = ("auto", *(f"{size}-{change}" if change else size for size in _SIZES for change in _CHANGES))
+VARIANTS = ("auto", *_SIZES, *(f"{size}-whole" for size in _SIZES))
 """Names that `choose_flash` knows; those that a device cannot run, or that change nothing there, give no choice."""
 
 
@@ -40,8 +39,6 @@ class FlashChoice:
         rows: packed rows (query row, head of the group) of a workgroup, which has twice as many invocations.
         chunk: vec4 columns of queries and keys in workgroup memory at a time, 4 or 8.
         value_keys: keys whose values are in workgroup memory at a time.
-        prefetch: whether keys and values are loaded a chunk ahead of their use.
-        ahead: whether queries are, too; only with `prefetch`.
         shuffle: lanes that exchange maxima by subgroup shuffles; 1: all through workgroup memory.
         splits: ranges of the keys of a tile; 1: no partial results.
     """
@@ -49,8 +46,6 @@ class FlashChoice:
     rows: int
     chunk: int
     value_keys: int
-    prefetch: bool
-    ahead: bool
     shuffle: int
     splits: int
 
@@ -67,7 +62,7 @@ def value_width(dv: int) -> int:
 def flash_memory(choice: FlashChoice, dv: int) -> int:
     """Bytes of workgroup memory of attention_flash.wgsl at a value head size of `dv`."""
     scores = (choice.rows + KEYS) * (choice.chunk + 1)
-    probs = KEYS * (choice.rows // 4 + 1)
+    probs = KEYS * (choice.rows // 4 + 2)
     exchange = 16 // choice.shuffle * (choice.rows // 4)
     return 16 * max(scores, probs + max(choice.value_keys * value_width(dv), exchange))
 
@@ -96,33 +91,22 @@ def _splits(problem: Problem, rows: int, limits: Limits) -> int:
 def variants(problem: Problem, limits: Limits) -> dict[str, FlashChoice]:
     """The choices that are sensible for a problem on a device, by name; none for head sizes that are no multiple of 4.
 
-    "large", "medium", "small" have 128, 64, 32 rows a workgroup. "-narrow": half as many columns of queries and keys
-    at a time; "-lean": queries not loaded ahead; "-direct": nothing is; "-exchange": no shuffles; "-whole": no splits.
+    "large", "medium", "small" have 128, 64, 32 rows a workgroup; "-whole": no splits.
     """
     found: dict[str, FlashChoice] = {}
     if problem.d % 4 or problem.dv % 4 or problem.dv == 0:
         return found
-    shuffle = min(16, power_of_two_up_to(max(1, limits.subgroup_size)))
+    shuffle = min(16, power_of_two_up_to(max(1, limits.subgroup_size // 2)))  # two rows share a subgroup
     for size, (rows, values) in _SIZES.items():
         chunk = 8 if vec4s(problem.d) % 8 == 0 and rows > 32 else 4
         value_keys = min(KEYS, values // value_width(problem.dv))
-        choice = FlashChoice(rows, chunk, value_keys, True, True, shuffle, _splits(problem, rows, limits))
+        choice = FlashChoice(rows, chunk, value_keys, shuffle, _splits(problem, rows, limits))
         fits = choice.invocations <= limits.max_invocations
         if not fits or flash_memory(choice, problem.dv) > limits.max_workgroup_memory:
             continue
-        changed = {
-            size: choice,
-            f"{size}-narrow": replace(choice, chunk=4),
-            f"{size}-lean": replace(choice, ahead=False),
-            f"{size}-direct": replace(choice, prefetch=False, ahead=False),
-            f"{size}-exchange": replace(choice, shuffle=1),
-            f"{size}-whole": replace(choice, splits=1),
-        }
-        found |= {
-            name: other
-            for name, other in changed.items()
-            if (name == size or other != choice) and flash_memory(other, problem.dv) <= limits.max_workgroup_memory
-        }
+        found[size] = choice
+        if choice.splits > 1:
+            found[f"{size}-whole"] = replace(choice, splits=1)
     return found
 
 
@@ -164,8 +148,6 @@ def flash(
         "QROWS": choice.rows,
         "CHUNK": choice.chunk,
         "VKEYS": choice.value_keys,
-        "PREFETCH": int(choice.prefetch),
-        "AHEAD": int(choice.ahead),
         "SUB": choice.shuffle,
         "SPLIT": int(split),
         "FOLD": fold,

@@ -65,7 +65,7 @@ const D4 = D / 4u;
 const DV4 = DV / 4u;
 const CHUNKS = (D4 + CHUNK - 1u) / CHUNK;
 const PITCH = CHUNK + 1u; // of a row of queries or keys
-const P_PITCH = 2u * TY + 1u; // of a key's probabilities
+const P_PITCH = 2u * TY + 2u; // of a key's probabilities
 const BLOCKS = min(2u, (DV4 + 15u) / 16u); // of 16 vec4 value columns
 const VW = 16u * BLOCKS;
 const PARTS = 16u / SUB;
@@ -77,7 +77,6 @@ const LOG2E = 1.4426950408889634;
 const UNIT = select(LOG2E, 1.0, FOLD != 0u); // of a score, in powers of two
 
 var<workgroup> shared_tile: array<vec4<f32>, max((QROWS + KEYS) * PITCH, V_AT + max(VKEYS * VW, PARTS * 2u * TY))>;
-var<private> query: array<f32, 1>; // named by a function of attention_scores.wgsl that is not called here
 
 /// Rows of a KV head by number, four of them: query rows and heads.
 struct Rows {
@@ -89,6 +88,18 @@ fn rows_at(number: u32, b: u32, kv_head: u32) -> Rows {
     let n = min(vec4<u32>(number) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(params.group * rows_of(b) - 1u));
     let row = n / params.group;
     return Rows(row, kv_head * params.group + (n - row * params.group));
+}
+
+/// The lane's scores: component e of s<i> is row lo e and key tx + 16 * i; of t<i>, row hi e.
+struct Scores {
+    s0: vec4<f32>,
+    s1: vec4<f32>,
+    s2: vec4<f32>,
+    s3: vec4<f32>,
+    t0: vec4<f32>,
+    t1: vec4<f32>,
+    t2: vec4<f32>,
+    t3: vec4<f32>,
 }
 
 /// acc + the products of four columns of a key with those of four rows; q[c] holds column c of the rows. A chain of multiply-adds:
@@ -107,7 +118,23 @@ fn query_columns(at: u32) -> mat4x4<f32> {
     ));
 }
 
-fn capped_all(x: vec4<f32>) -> vec4<f32> {
+/// acc + the products of one vec4 column, whose queries and keys start at `q_at` and `k_at`.
+fn with_column(acc: Scores, q_at: u32, k_at: u32) -> Scores {
+    let k0 = shared_tile[k_at];
+    let k1 = shared_tile[k_at + 16u * PITCH];
+    let k2 = shared_tile[k_at + 32u * PITCH];
+    let k3 = shared_tile[k_at + 48u * PITCH];
+    let lo = query_columns(q_at);
+    let hi = query_columns(q_at + QROWS / 2u * PITCH);
+    return Scores(
+        dots(acc.s0, lo, k0), dots(acc.s1, lo, k1), dots(acc.s2, lo, k2), dots(acc.s3, lo, k3),
+        dots(acc.t0, hi, k0), dots(acc.t1, hi, k1), dots(acc.t2, hi, k2), dots(acc.t3, hi, k3),
+    );
+}
+
+/// Scores from dot products: scaled, and capped where there is a cap.
+fn finished(dots: vec4<f32>) -> vec4<f32> {
+    let x = dots * (params.scale * (LOG2E / UNIT));
     if (FOLD != 0u) {
         return x;
     }
@@ -116,7 +143,7 @@ fn capped_all(x: vec4<f32>) -> vec4<f32> {
 
 /// The scores of one key against four rows, after cap, mask and the rows' ranges.
 fn judge(dots: vec4<f32>, b: u32, rows: Rows, j: u32, firsts: vec4<u32>, limits: vec4<u32>) -> vec4<f32> {
-    var x = capped_all(dots);
+    var x = finished(dots);
     if (MASK != 0u && j < params.capacity) {
         x.x = masked(x.x, b, rows.head.x, rows.row.x, j);
         x.y = masked(x.y, b, rows.head.y, rows.row.y, j);
@@ -142,19 +169,19 @@ fn power(x: vec4<f32>) -> vec4<f32> {
 /// The largest component among the lanes of a row that shuffle together.
 fn shuffled_max(own: vec4<f32>) -> vec4<f32> {
     var x = own;
-    if (SUB > 1u) { x = max(x, neighbour(x, 1u)); }
-    if (SUB > 2u) { x = max(x, neighbour(x, 2u)); }
-    if (SUB > 4u) { x = max(x, neighbour(x, 4u)); }
-    if (SUB > 8u) { x = max(x, neighbour(x, 8u)); }
+    if (SUB > 1u) { x = max(x, neighbour(x, 2u)); }
+    if (SUB > 2u) { x = max(x, neighbour(x, 4u)); }
+    if (SUB > 4u) { x = max(x, neighbour(x, 8u)); }
+    if (SUB > 8u) { x = max(x, neighbour(x, 16u)); }
     return x;
 }
 
 fn shuffled_sum(own: vec4<f32>) -> vec4<f32> {
     var x = own;
-    if (SUB > 1u) { x += neighbour(x, 1u); }
-    if (SUB > 2u) { x += neighbour(x, 2u); }
-    if (SUB > 4u) { x += neighbour(x, 4u); }
-    if (SUB > 8u) { x += neighbour(x, 8u); }
+    if (SUB > 1u) { x += neighbour(x, 2u); }
+    if (SUB > 2u) { x += neighbour(x, 4u); }
+    if (SUB > 4u) { x += neighbour(x, 8u); }
+    if (SUB > 8u) { x += neighbour(x, 16u); }
     return x;
 }
 
@@ -190,6 +217,48 @@ fn rescaled(acc: mat4x4<f32>, by: vec4<f32>) -> mat4x4<f32> {
     return mat4x4<f32>(acc[0] * by.x, acc[1] * by.y, acc[2] * by.z, acc[3] * by.w);
 }
 
+/// The lane's sums: rows lo and hi, columns tx (a) and tx + 16 (b).
+struct Sums {
+    lo_a: mat4x4<f32>,
+    hi_a: mat4x4<f32>,
+    lo_b: mat4x4<f32>,
+    hi_b: mat4x4<f32>,
+}
+
+/// acc + probabilities times values of one key, which start at `p_at` and `v_at`.
+fn with_key(acc: Sums, p_at: u32, v_at: u32) -> Sums {
+    let lo = shared_tile[p_at];
+    let hi = shared_tile[p_at + TY];
+    let v = shared_tile[v_at];
+    if (BLOCKS == 1u) {
+        return Sums(weigh(acc.lo_a, lo, v), weigh(acc.hi_a, hi, v), acc.lo_b, acc.hi_b);
+    }
+    let u = shared_tile[v_at + 16u];
+    return Sums(weigh(acc.lo_a, lo, v), weigh(acc.hi_a, hi, v), weigh(acc.lo_b, lo, u), weigh(acc.hi_b, hi, u));
+}
+
+/// As `with_key`, for four keys in a row.
+fn with_keys(acc: Sums, p_at: u32, v_at: u32) -> Sums {
+    var sums = with_key(acc, p_at, v_at);
+    sums = with_key(sums, p_at + P_PITCH, v_at + VW);
+    sums = with_key(sums, p_at + 2u * P_PITCH, v_at + 2u * VW);
+    return with_key(sums, p_at + 3u * P_PITCH, v_at + 3u * VW);
+}
+
+/// As `with_key`, passing over hidden keys.
+fn with_visible_key(acc: Sums, p_at: u32, v_at: u32) -> Sums {
+    let lo = shared_tile[p_at];
+    let hi = shared_tile[p_at + TY];
+    let v = shared_tile[v_at];
+    let lo_a = weigh_visible(acc.lo_a, lo, v);
+    let hi_a = weigh_visible(acc.hi_a, hi, v);
+    if (BLOCKS == 1u) {
+        return Sums(lo_a, hi_a, acc.lo_b, acc.hi_b);
+    }
+    let u = shared_tile[v_at + 16u];
+    return Sums(lo_a, hi_a, weigh_visible(acc.lo_b, lo, u), weigh_visible(acc.hi_b, hi, u));
+}
+
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let flat = wid.y * groups.x + wid.x;
@@ -212,17 +281,14 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
         let size = range_size(end - begin);
         begin += split * size;
         end = min(end, begin + size);
-        if (begin >= end) {
-            return;
-        }
     }
     let row_a = row0 / params.group;
     let row_z = (min(row0 + QROWS, params.group * rows_of(b)) - 1u) / params.group;
     let all_from = key_first(b, row_z); // keys in [all_from, all_to) are in the range of every row
     let all_to = key_limit(b, row_a);
 
-    let ty = lane / 16u;
-    let tx = lane % 16u;
+    let ty = lane / 32u * 2u + lane % 2u;
+    let tx = lane / 2u % 16u;
     let lo_row = row0 + 4u * ty;
     let hi_row = lo_row + QROWS / 2u;
     let k_base = b * params.k_b + kv_head * params.k_h;
@@ -248,97 +314,69 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
         lo_sum = select(one, lo_sum, are_hidden(lo));
         hi_sum = select(one, hi_sum, are_hidden(hi));
     }
-    var lo_a = mat4x4<f32>(); // sums of rows lo, column tx
-    var hi_a = mat4x4<f32>();
-    var lo_b = mat4x4<f32>(); // column tx + 16
-    var hi_b = mat4x4<f32>();
-
+    var acc = Sums();
     var next_q = mat4x4<f32>();
     var next = Raw();
-    if (AHEAD != 0u) {
+    if (begin < end) {
         next_q = fetch_queries(lane, q_bases, 0u);
-    }
-    if (PREFETCH != 0u) {
         next = fetch_keys(lane, begin, end, k_base, 0u);
     }
     for (var key0 = begin; key0 < end; key0 += KEYS) {
         let full = MASK == 0u && key0 >= all_from && key0 + KEYS <= all_to;
-        var s0 = vec4<f32>(); // scores of key tx, rows lo
-        var s1 = vec4<f32>();
-        var s2 = vec4<f32>();
-        var s3 = vec4<f32>();
-        var t0 = vec4<f32>(); // rows hi
-        var t1 = vec4<f32>();
-        var t2 = vec4<f32>();
-        var t3 = vec4<f32>();
+        var x = Scores();
         for (var chunk = 0u; chunk < CHUNKS; chunk++) {
-            if (AHEAD == 0u) {
-                next_q = fetch_queries(lane, q_bases, chunk);
-            }
-            if (PREFETCH == 0u) {
-                next = fetch_keys(lane, key0, end, k_base, chunk);
-            }
             workgroupBarrier();
             place_queries(lane, next_q);
             place_keys(lane, next);
             workgroupBarrier();
-            if (AHEAD != 0u && chunk + 1u < CHUNKS) {
+            if (chunk + 1u < CHUNKS) {
                 next_q = fetch_queries(lane, q_bases, chunk + 1u);
+                next = fetch_keys(lane, key0, end, k_base, chunk + 1u);
+            } else {
+                next = fetch_values(lane, key0, end, v_base, column0);
             }
-            if (PREFETCH != 0u) {
-                if (chunk + 1u < CHUNKS) {
-                    next = fetch_keys(lane, key0, end, k_base, chunk + 1u);
-                } else {
-                    next = fetch_values(lane, key0, end, v_base, column0);
-                }
-            }
-            for (var c = 0u; c < CHUNK; c++) {
-                let k_at = K_AT + tx * PITCH + c;
-                let k0 = shared_tile[k_at];
-                let k1 = shared_tile[k_at + 16u * PITCH];
-                let k2 = shared_tile[k_at + 32u * PITCH];
-                let k3 = shared_tile[k_at + 48u * PITCH];
-                let lo = query_columns(4u * ty * PITCH + c);
-                s0 = dots(s0, lo, k0);
-                s1 = dots(s1, lo, k1);
-                s2 = dots(s2, lo, k2);
-                s3 = dots(s3, lo, k3);
-                let hi = query_columns((QROWS / 2u + 4u * ty) * PITCH + c);
-                t0 = dots(t0, hi, k0);
-                t1 = dots(t1, hi, k1);
-                t2 = dots(t2, hi, k2);
-                t3 = dots(t3, hi, k3);
+            let q_at = 4u * ty * PITCH;
+            let k_at = K_AT + tx * PITCH;
+            x = with_column(x, q_at, k_at);
+            x = with_column(x, q_at + 1u, k_at + 1u);
+            x = with_column(x, q_at + 2u, k_at + 2u);
+            x = with_column(x, q_at + 3u, k_at + 3u);
+            if (CHUNK > 4u) {
+                x = with_column(x, q_at + 4u, k_at + 4u);
+                x = with_column(x, q_at + 5u, k_at + 5u);
+                x = with_column(x, q_at + 6u, k_at + 6u);
+                x = with_column(x, q_at + 7u, k_at + 7u);
             }
         }
 
         if (full) {
-            s0 = capped_all(s0);
-            s1 = capped_all(s1);
-            s2 = capped_all(s2);
-            s3 = capped_all(s3);
-            t0 = capped_all(t0);
-            t1 = capped_all(t1);
-            t2 = capped_all(t2);
-            t3 = capped_all(t3);
+            x.s0 = finished(x.s0);
+            x.s1 = finished(x.s1);
+            x.s2 = finished(x.s2);
+            x.s3 = finished(x.s3);
+            x.t0 = finished(x.t0);
+            x.t1 = finished(x.t1);
+            x.t2 = finished(x.t2);
+            x.t3 = finished(x.t3);
         } else {
             let j = key0 + tx;
             let lo = rows_at(lo_row, b, kv_head);
             let lo_firsts = firsts_of(b, lo.row);
             let lo_limits = limits_of(b, lo.row);
-            s0 = judge(s0, b, lo, j, lo_firsts, lo_limits);
-            s1 = judge(s1, b, lo, j + 16u, lo_firsts, lo_limits);
-            s2 = judge(s2, b, lo, j + 32u, lo_firsts, lo_limits);
-            s3 = judge(s3, b, lo, j + 48u, lo_firsts, lo_limits);
+            x.s0 = judge(x.s0, b, lo, j, lo_firsts, lo_limits);
+            x.s1 = judge(x.s1, b, lo, j + 16u, lo_firsts, lo_limits);
+            x.s2 = judge(x.s2, b, lo, j + 32u, lo_firsts, lo_limits);
+            x.s3 = judge(x.s3, b, lo, j + 48u, lo_firsts, lo_limits);
             let hi = rows_at(hi_row, b, kv_head);
             let hi_firsts = firsts_of(b, hi.row);
             let hi_limits = limits_of(b, hi.row);
-            t0 = judge(t0, b, hi, j, hi_firsts, hi_limits);
-            t1 = judge(t1, b, hi, j + 16u, hi_firsts, hi_limits);
-            t2 = judge(t2, b, hi, j + 32u, hi_firsts, hi_limits);
-            t3 = judge(t3, b, hi, j + 48u, hi_firsts, hi_limits);
+            x.t0 = judge(x.t0, b, hi, j, hi_firsts, hi_limits);
+            x.t1 = judge(x.t1, b, hi, j + 16u, hi_firsts, hi_limits);
+            x.t2 = judge(x.t2, b, hi, j + 32u, hi_firsts, hi_limits);
+            x.t3 = judge(x.t3, b, hi, j + 48u, hi_firsts, hi_limits);
         }
-        var lo_raised = max(lo_top, shuffled_max(max(max(s0, s1), max(s2, s3))));
-        var hi_raised = max(hi_top, shuffled_max(max(max(t0, t1), max(t2, t3))));
+        var lo_raised = max(lo_top, shuffled_max(max(max(x.s0, x.s1), max(x.s2, x.s3))));
+        var hi_raised = max(hi_top, shuffled_max(max(max(x.t0, x.t1), max(x.t2, x.t3))));
         workgroupBarrier();
         if (PARTS > 1u) {
             give(lo_raised, hi_raised, ty, tx);
@@ -357,66 +395,53 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
         lo_sum *= lo_change;
         hi_sum *= hi_change;
         let p_at = tx * P_PITCH + ty;
-        lo_sum += put(p_at, s0, lo_top, hidden);
-        lo_sum += put(p_at + 16u * P_PITCH, s1, lo_top, hidden);
-        lo_sum += put(p_at + 32u * P_PITCH, s2, lo_top, hidden);
-        lo_sum += put(p_at + 48u * P_PITCH, s3, lo_top, hidden);
-        hi_sum += put(p_at + TY, t0, hi_top, hidden);
-        hi_sum += put(p_at + 16u * P_PITCH + TY, t1, hi_top, hidden);
-        hi_sum += put(p_at + 32u * P_PITCH + TY, t2, hi_top, hidden);
-        hi_sum += put(p_at + 48u * P_PITCH + TY, t3, hi_top, hidden);
-        lo_a = rescaled(lo_a, lo_change);
-        hi_a = rescaled(hi_a, hi_change);
-        if (BLOCKS > 1u) {
-            lo_b = rescaled(lo_b, lo_change);
-            hi_b = rescaled(hi_b, hi_change);
+        lo_sum += put(p_at, x.s0, lo_top, hidden);
+        lo_sum += put(p_at + 16u * P_PITCH, x.s1, lo_top, hidden);
+        lo_sum += put(p_at + 32u * P_PITCH, x.s2, lo_top, hidden);
+        lo_sum += put(p_at + 48u * P_PITCH, x.s3, lo_top, hidden);
+        hi_sum += put(p_at + TY, x.t0, hi_top, hidden);
+        hi_sum += put(p_at + 16u * P_PITCH + TY, x.t1, hi_top, hidden);
+        hi_sum += put(p_at + 32u * P_PITCH + TY, x.t2, hi_top, hidden);
+        hi_sum += put(p_at + 48u * P_PITCH + TY, x.t3, hi_top, hidden);
+        if (any(lo_change != vec4<f32>(1.0)) || any(hi_change != vec4<f32>(1.0))) {
+            acc.lo_a = rescaled(acc.lo_a, lo_change);
+            acc.hi_a = rescaled(acc.hi_a, hi_change);
+            if (BLOCKS > 1u) {
+                acc.lo_b = rescaled(acc.lo_b, lo_change);
+                acc.hi_b = rescaled(acc.hi_b, hi_change);
+            }
         }
 
         let stop = min(KEYS, end - key0);
         for (var first = 0u; first < stop; first += VKEYS) {
-            if (PREFETCH == 0u) {
-                next = fetch_values(lane, key0 + first, end, v_base, column0);
-            }
             if (PARTS > 1u || first > 0u) {
                 workgroupBarrier();
             }
             place_values(lane, next);
             workgroupBarrier();
-            if (PREFETCH != 0u) {
-                if (first + VKEYS < stop) {
-                    next = fetch_values(lane, key0 + first + VKEYS, end, v_base, column0);
-                } else if (key0 + KEYS < end) {
-                    if (AHEAD != 0u) {
-                        next_q = fetch_queries(lane, q_bases, 0u);
-                    }
-                    next = fetch_keys(lane, key0 + KEYS, end, k_base, 0u);
-                }
+            if (first + VKEYS < stop) {
+                next = fetch_values(lane, key0 + first + VKEYS, end, v_base, column0);
+            } else if (key0 + KEYS < end) {
+                next_q = fetch_queries(lane, q_bases, 0u);
+                next = fetch_keys(lane, key0 + KEYS, end, k_base, 0u);
             }
             if (full) {
-                for (var j = 0u; j < VKEYS; j++) {
-                    let lo = shared_tile[(first + j) * P_PITCH + ty];
-                    let hi = shared_tile[(first + j) * P_PITCH + TY + ty];
-                    let v = shared_tile[V_AT + j * VW + tx];
-                    lo_a = weigh(lo_a, lo, v);
-                    hi_a = weigh(hi_a, hi, v);
-                    if (BLOCKS > 1u) {
-                        let u = shared_tile[V_AT + j * VW + 16u + tx];
-                        lo_b = weigh(lo_b, lo, u);
-                        hi_b = weigh(hi_b, hi, u);
+                for (var j = 0u; j < VKEYS; j += min(VKEYS, 16u)) {
+                    let p = (first + j) * P_PITCH + ty;
+                    let v = V_AT + j * VW + tx;
+                    acc = with_keys(acc, p, v);
+                    acc = with_keys(acc, p + 4u * P_PITCH, v + 4u * VW);
+                    if (VKEYS > 8u) {
+                        acc = with_keys(acc, p + 8u * P_PITCH, v + 8u * VW);
+                        acc = with_keys(acc, p + 12u * P_PITCH, v + 12u * VW);
                     }
                 }
             } else {
-                for (var j = 0u; j < VKEYS; j++) {
-                    let lo = shared_tile[(first + j) * P_PITCH + ty];
-                    let hi = shared_tile[(first + j) * P_PITCH + TY + ty];
-                    let v = shared_tile[V_AT + j * VW + tx];
-                    lo_a = weigh_visible(lo_a, lo, v);
-                    hi_a = weigh_visible(hi_a, hi, v);
-                    if (BLOCKS > 1u) {
-                        let u = shared_tile[V_AT + j * VW + 16u + tx];
-                        lo_b = weigh_visible(lo_b, lo, u);
-                        hi_b = weigh_visible(hi_b, hi, u);
-                    }
+                for (var j = 0u; j < VKEYS; j += 2u) {
+                    let p = (first + j) * P_PITCH + ty;
+                    let v = V_AT + j * VW + tx;
+                    acc = with_visible_key(acc, p, v);
+                    acc = with_visible_key(acc, p + P_PITCH, v + VW);
                 }
             }
         }
@@ -435,6 +460,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
             hi_sum += shared_tile[V_AT + i * 2u * TY + TY + ty];
         }
     }
+    if (SPLIT != 0u && begin >= end) {
+        return; // not at the begin: a driver's compiler crashes on barriers behind it
+    }
     var lo_norm = vec4<f32>(1.0);
     var hi_norm = vec4<f32>(1.0);
     if (SPLIT == 0u) {
@@ -445,11 +473,11 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
         store_state(hi_top, hi_sum, hi_row, b, kv_head, split);
     }
     let c = column0 + tx;
-    store(rescaled(lo_a, lo_norm), lo_row, b, kv_head, split, c);
-    store(rescaled(hi_a, hi_norm), hi_row, b, kv_head, split, c);
+    store(rescaled(acc.lo_a, lo_norm), lo_row, b, kv_head, split, c);
+    store(rescaled(acc.hi_a, hi_norm), hi_row, b, kv_head, split, c);
     if (BLOCKS > 1u) {
-        store(rescaled(lo_b, lo_norm), lo_row, b, kv_head, split, c + 16u);
-        store(rescaled(hi_b, hi_norm), hi_row, b, kv_head, split, c + 16u);
+        store(rescaled(acc.lo_b, lo_norm), lo_row, b, kv_head, split, c + 16u);
+        store(rescaled(acc.hi_b, hi_norm), hi_row, b, kv_head, split, c + 16u);
     }
 }
 

@@ -1,11 +1,13 @@
 // No kernel: how `attention_flash` moves queries, keys and values from global to workgroup memory, and its results to global memory;
 // appended to it. `fetch_*` loads what falls to a lane of a chunk into registers, `place_*` stores it where the workgroup reads it, so
-// that a computation can stand between them. Rows and columns that do not exist are zeros.
+// that a computation can stand between them. Columns that do not exist are zeros; in the place of
+// rows that do not exist stands the last one, whose scores are hidden or never stored.
 //
 // Needs the bindings, params and constants of attention_flash.wgsl.
 
 const EVEN_CHUNKS = D4 % CHUNK == 0u; // every chunk is full, so no column needs a test
 const EVEN_SLOTS = KEYS * K_SLOTS % LANES == 0u; // every load of keys is one for all lanes
+const EVEN_VALUES = VKEYS * V_SLOTS % LANES == 0u; // of values
 
 /// What a lane has loaded of a chunk: vectors of four floats, or of eight halves.
 struct Raw {
@@ -20,9 +22,9 @@ fn halves(x: vec2<u32>) -> vec4<f32> {
 }
 
 fn fetch_key(i: u32, key0: u32, end: u32, base: u32, chunk: u32) -> vec4<u32> {
-    let j = key0 + i / K_SLOTS;
+    let j = min(key0 + i / K_SLOTS, end - 1u);
     let c = chunk * CHUNK + (i % K_SLOTS) * KSTEP;
-    if ((EVEN_SLOTS || i < KEYS * K_SLOTS) && j < end && (EVEN_CHUNKS || c < D4)) {
+    if ((EVEN_SLOTS || i < KEYS * K_SLOTS) && (EVEN_CHUNKS || c < D4)) {
         return bitcast<vec4<u32>>(KWide(key[(base + j * params.k_s) / (4u * KSTEP) + c / KSTEP]));
     }
     return vec4<u32>();
@@ -72,20 +74,19 @@ fn fetch_queries(lane: u32, bases: vec4<u32>, chunk: u32) -> mat4x4<f32> {
 }
 
 fn place_queries(lane: u32, x: mat4x4<f32>) {
-    let factor = params.scale * (LOG2E / UNIT);
     let at = (lane / CHUNK) * PITCH + lane % CHUNK;
-    shared_tile[at] = x[0] * factor;
-    shared_tile[at + LANES / CHUNK * PITCH] = x[1] * factor;
+    shared_tile[at] = x[0];
+    shared_tile[at + LANES / CHUNK * PITCH] = x[1];
     if (CHUNK > 4u) {
-        shared_tile[at + 2u * LANES / CHUNK * PITCH] = x[2] * factor;
-        shared_tile[at + 3u * LANES / CHUNK * PITCH] = x[3] * factor;
+        shared_tile[at + 2u * LANES / CHUNK * PITCH] = x[2];
+        shared_tile[at + 3u * LANES / CHUNK * PITCH] = x[3];
     }
 }
 
 fn fetch_value(i: u32, key0: u32, end: u32, base: u32, column0: u32) -> vec4<u32> {
-    let j = key0 + i / V_SLOTS;
+    let j = min(key0 + i / V_SLOTS, end - 1u);
     let c = column0 + (i % V_SLOTS) * VSTEP;
-    if (i < VKEYS * V_SLOTS && j < end && c < DV4) {
+    if ((EVEN_VALUES || i < VKEYS * V_SLOTS) && (DV4 % VW == 0u || c < DV4)) {
         return bitcast<vec4<u32>>(VWide(value[(base + j * params.v_s) / (4u * VSTEP) + c / VSTEP]));
     }
     return vec4<u32>();
@@ -102,7 +103,7 @@ fn fetch_values(lane: u32, key0: u32, end: u32, base: u32, column0: u32) -> Raw 
 
 fn place_value(i: u32, x: vec4<u32>) {
     let at = V_AT + i * VSTEP;
-    if (i < VKEYS * V_SLOTS) {
+    if (EVEN_VALUES || i < VKEYS * V_SLOTS) {
         if (VSTEP == 2u) {
             shared_tile[at] = halves(x.xy);
             shared_tile[at + 1u] = halves(x.zw);

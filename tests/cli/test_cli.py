@@ -104,7 +104,7 @@ def test_statistics_go_to_standard_error(files: Files, expected: str) -> None:
         "76.0 KiB",
         "peak",
         "One decode step",
-        "attention_decode",
+        "attention_stream" if runtime_device.Device.default().limits.subgroup_size else "attention_decode",
         "100.0%",
     ):
         assert text in result.stderr
