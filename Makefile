@@ -14,7 +14,7 @@ ifndef XDG_RUNTIME_DIR
 export XDG_RUNTIME_DIR := $(shell mkdir -p -m 700 "$(CURDIR)/build/xdg" && echo "$(CURDIR)/build/xdg")
 endif
 
-.PHONY: demo test pytest tint lint types setup clean help
+.PHONY: demo test pytest tint swiftshader lint types setup clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,6 +32,14 @@ pytest: $(STAMPS)/vulkan
 
 tint: $(STAMPS)/vulkan ## compile every recorded shader variant with Tint (Dawn)
 	$(PY) -m tests.wgsl.tint
+
+# A second driver, with few invocations, little workgroup memory, subgroups of four and no f16. Debian's chromium package brings it.
+SWIFTSHADER ?= /usr/lib/chromium/vk_swiftshader_icd.json
+
+swiftshader: $(STAMPS)/packages ## attention, captured steps and token choice on SwiftShader (SWIFTSHADER=<its ICD file>)
+	@test -e "$(SWIFTSHADER)" || { echo "no SwiftShader at $(SWIFTSHADER): install chromium, or set SWIFTSHADER"; exit 1; }
+	VK_DRIVER_FILES="$(SWIFTSHADER)" VK_ICD_FILENAMES="$(SWIFTSHADER)" $(PY) -m pytest -n 2 --dist loadfile tests/ops/test_attention*.py \
+	  tests/runtime/test_replay.py tests/runtime/test_chooser.py tests/runtime/test_generate.py $(PYTEST_ARGS)
 
 lint: $(STAMPS)/packages ## ruff
 	$(PY) -m ruff check .

@@ -1,11 +1,16 @@
 """Tiny decoders with ExecuTorch's cache and attention operators, lowered to `.pte` once per process.
 
+Where ExecuTorch cannot be installed, TINY_DECODERS names a folder of programs that were made elsewhere by
+`python -m tests.tiny_decoder FOLDER`.
+
 `build("llama")` has Llama's calling convention of ExecuTorch (tokens, position of the first), `build("static")` the
 same for one token a call, `build("hugging_face")` that of Hugging Face exports (tokens, position of each).
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -103,6 +108,9 @@ class Tiny:
 @cache
 def build(convention: str, external: bool = False) -> Tiny:
     """Export and lower; the whole method becomes one delegate."""
+    folder = os.environ.get("TINY_DECODERS")
+    if folder and not external:
+        return Tiny(Path(folder, f"{convention}.pte").read_bytes(), b"")
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
 
@@ -173,3 +181,8 @@ def write_tokenizer(folder: Path) -> Path:
     path = folder / "tokenizer.json"
     tokenizer.save(str(path))
     return path
+
+
+if __name__ == "__main__":
+    for name in _CLASSES:
+        Path(sys.argv[1], f"{name}.pte").write_bytes(build(name).pte)
