@@ -33,7 +33,9 @@ async function open(flags) {
   } catch {}
   if (adapter === null) return null;
   const features = ['shader-f16', 'subgroups'].filter((name) => adapter.features.has(name));
-  const device = await adapter.requestDevice({ requiredFeatures: features });
+  // kernels with more than eight storage buffers are chosen only where the device has them
+  const requiredLimits = { maxStorageBuffersPerShaderStage: adapter.limits.maxStorageBuffersPerShaderStage };
+  const device = await adapter.requestDevice({ requiredFeatures: features, requiredLimits });
   return { name: adapter.info.description || flags.join() || 'adapter', features, device };
 }
 
