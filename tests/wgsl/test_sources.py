@@ -77,7 +77,8 @@ def test_interface(name: str) -> None:
     assert re.search(r"@compute\s+@workgroup_size\([^@]*\)\s*fn\s+main\s*\(", text), "the entry point is main"
     assert len(re.findall(r"@binding\(", text)) == len(interface.bindings)
     assert sorted(b.index for b in interface.bindings.values()) == list(range(len(interface.bindings)))
-    assert sum(b.space == "storage" for b in interface.bindings.values()) <= 8
+    storage = sum(b.space == "storage" for b in interface.bindings.values())
+    assert storage <= 8 or "more than 8 storage buffers" in head(name), "the head says what limit a device must have"
     assert sum(b.space == "uniform" for b in interface.bindings.values()) <= 12
     assert any(b.writes for b in interface.bindings.values())
     assert ("params" in interface.bindings) == bool(interface.params)

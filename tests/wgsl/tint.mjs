@@ -33,9 +33,7 @@ async function open(flags) {
   } catch {}
   if (adapter === null) return null;
   const features = ['shader-f16', 'subgroups'].filter((name) => adapter.features.has(name));
-  // kernels with more than eight storage buffers are chosen only where the device has them
-  const requiredLimits = { maxStorageBuffersPerShaderStage: adapter.limits.maxStorageBuffersPerShaderStage };
-  const device = await adapter.requestDevice({ requiredFeatures: features, requiredLimits });
+  const device = await adapter.requestDevice({ requiredFeatures: features });
   return { name: adapter.info.description || flags.join() || 'adapter', features, device };
 }
 
@@ -47,7 +45,12 @@ async function compile(device, job) {
     const { messages } = await module.getCompilationInfo();
     const line = (n) => (job.code.split('\n')[n - 1] ?? '').trim();
     for (const m of messages) if (m.type === 'error') problems.push(`${m.message} (line ${m.lineNum}: ${line(m.lineNum)})`);
-    if (problems.length === 0) {
+    const storage = job.entries.filter(({ type }) => type !== 'uniform').length;
+    const most = device.limits.maxStorageBuffersPerShaderStage;
+    if (problems.length === 0 && storage > most) {
+      // such a kernel is chosen only where the device has the limit; the module was compiled all the same
+      problems.push(`the number of storage buffers (${storage}) exceeds the maximum allowed (${most})`);
+    } else if (problems.length === 0) {
       const entries = job.entries.map(({ binding, type }) => ({ binding, visibility: GPUShaderStage.COMPUTE, buffer: { type } }));
       const layout = device.createPipelineLayout({ bindGroupLayouts: [device.createBindGroupLayout({ entries })] });
       await device.createComputePipelineAsync({ label: job.label, layout, compute: { module, entryPoint: 'main', constants: job.constants } });
