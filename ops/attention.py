@@ -15,6 +15,9 @@
     softcap: 0.0, or c: scores become c * tanh(score / c), before the mask is added.
     window: 0, or w: row i sees only keys j > start_pos + i - w.
     sink: None, or a logit for each query head that takes part in the softmax and has no value.
+    sizes: None, or i32[8] of `webgpu.rope_cache`, made from the same tensors, `kv_limit`, `window` and position: the
+        grids of attention_stream.wgsl and its merge for the live length, used where `attention_decode.live_stream`
+        says so.
     check_range (default True): refuse start_pos + rows past the last key, for "causal" and "prefix".
     route (default "auto"): for tests; see `attention_lower.ROUTES`.
     variant (default "auto"): of a route that is named, for tests and measurements; see `attention_flash.variants` and
@@ -31,6 +34,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from ..backend.graph import Arg, Dim, Graph, Node, Sym, Value
+from .attention_decode import SIZES_WORDS
 from .attention_flash import VARIANTS
 from .attention_lower import LIMITS_OF_KEYS, ROUTES, attend
 from .base import Dispatch, Lowering, register
@@ -47,6 +51,7 @@ _DEFAULTS: dict[str, Arg] = {
     "softcap": 0.0,
     "window": 0,
     "sink": None,
+    "sizes": None,
     "check_range": True,
 }
 
@@ -181,6 +186,10 @@ def supports(graph: Graph, node: Node) -> str | None:
         sink = graph.value(args["sink"])
         if sink.dtype not in STORED_FLOATS or sink.shape != (heads,):
             return f"sink is {sink.dtype}{list(sink.shape)}; it must be a float for each of {heads} query heads"
+    if args["sizes"] is not None:
+        sizes = graph.value(args["sizes"])
+        if sizes.dtype != "i32" or sizes.shape != (SIZES_WORDS,):
+            return f"sizes is {sizes.dtype}{list(sizes.shape)}; it must be i32[{SIZES_WORDS}]"
     return _check_start(args, rows, keys)
 
 

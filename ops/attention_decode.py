@@ -92,7 +92,7 @@ def decode(
     consts["SUBS"] = power_of_two_up_to(min(8, 64 // width))
     bindings = {**bindings_of(ctx, args, "query", "key", "value", "mask"), "partial": partial, "ml": ml}
     kinds = {k: v for k, v in types.items() if k not in ("Out", "Sink")}
-    parts = ("rules", "splits", "scores")
+    parts = ("rules", "splits", "scores", "loads")
     yield dispatch_of(ctx, "attention_decode", bindings, every, own, ctx.fold_grid(total), consts, kinds, parts)
     yield _merge(ctx, args, problem, out, every, Partials(partial, ml, choice.splits, TILE, alone=False))
 
@@ -269,7 +269,7 @@ def stream(
     partial, ml = _scratch(ctx, problem, choice.splits if merges else 1)
     bindings = {**bindings_of(ctx, args, "query", "key", "value", "mask", "sink"), "partial": partial, "ml": ml}
     bindings["out"] = out.value
-    parts = ("rules", "splits", "scores_only", _ROWS_PARTS[choice.rows], "cells_f16" if half else "cells_f32")
+    parts = ("rules", "splits", "scores", _ROWS_PARTS[choice.rows], "cells_f16" if half else "cells_f32")
     sizes = args.get("sizes") if live_stream(ctx, args, problem) == choice else None
     grid, _ = grids(problem, choice)
     yield _sized(

@@ -36,12 +36,13 @@ def _lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         params = {"lines": outer * inner, **sizes}
         grid = ctx.fold_grid(outer * inner)
         order = {"DESCENDING": int(descending)}
-        yield Dispatch("topk", bindings, params, grid, None, order, {}, types, NAN_TEST[kind])
+        yield Dispatch("topk", bindings, params, grid, overrides=order, types=types, body=NAN_TEST[kind])
         return
     count = outer * length * inner
     overrides = {"WG": WORKGROUP, "DESCENDING": int(descending)}
     grid = ctx.grid_1d(count, WORKGROUP)
-    yield Dispatch("rank", bindings, {"count": count, **sizes}, grid, None, overrides, {}, types, NAN_TEST[kind])
+    params = {"count": count, **sizes}
+    yield Dispatch("rank", bindings, params, grid, overrides=overrides, types=types, body=NAN_TEST[kind])
 
 
 register("aten.topk.default", "aten.sort.default", "aten.sort.stable", supports=_supports, lower=_lower)

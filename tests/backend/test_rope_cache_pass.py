@@ -177,7 +177,27 @@ def second_attention(b: GraphBuilder, named: dict[str, Ref]) -> Ref:
     return made
 
 
+def copied(name: str, *readers: str) -> Layer:
+    """A value goes through two copies (a concatenation of it alone, a clone) on its way to its reader; other `readers`
+    read the value or a copy."""
+
+    def add(b: GraphBuilder, named: dict[str, Ref]) -> Ref | None:
+        shape = b.values[named[name].value].shape
+        for copy in ("first", "second"):
+            source = named[name] if copy == "first" else named["first"]
+            args: dict[str, Arg] = {"tensors": (source,), "dim": -1} if copy == "first" else {"self": source}
+            named[copy] = b.node("aten.cat.default" if copy == "first" else "aten.clone.default", args, ("f32", shape))
+        extra = [after(reader)(b, named) for reader in readers]
+        return extra[0] if extra else None
+
+    place, argument = ("new_key", "value") if name == "turned_key" else ("turned_key", "query")
+    reader = "new_key" if name == "turned_key" else "attended"
+    return Layer(extra={place: add}, change={reader: {argument: "second"}})
+
+
 FOUND = {
+    "a copied key": copied("turned_key"),
+    "a copied query": copied("turned_query"),
     "reader of the new key cache at the end": Layer(extra={"end": after("new_key")}),
     "reader of the rotated query after the writes": Layer(extra={"attended": after("turned_query")}),
     "window": Layer(change={"attended": {"window": 50}}),
@@ -217,6 +237,10 @@ def early(name: str) -> Layer:
 
 
 LEFT = {
+    "the rotated key is copied, and read elsewhere": copied("turned_key", "turned_key"),
+    "a copy of the rotated key is read elsewhere": copied("turned_key", "first"),
+    "the rotated query is copied, and read elsewhere": copied("turned_query", "turned_query"),
+    "a copy of the rotated query is read elsewhere": copied("turned_query", "second"),
     "the rotated key is read elsewhere": Layer(extra={"end": after("turned_key")}),
     "the rotated query is read before the writes": early("turned_query"),
     "the new key cache is read before the value is written": early("new_key"),

@@ -1,0 +1,238 @@
+"""`webgpu.rope_cache`: what stands between the projections of a decoder layer and its attention, in one dispatch.
+
+Query is rotated, key is rotated and written to its cache, value is written to its cache, and the grids of the attention
+that reads the caches are sized for the live length.
+
+Arguments:
+    query, key: [B, S, H, D] and [B, S, Hkv, D] with `layout` "bshd", [B, H, S, D] and [B, Hkv, S, D] with "bhsd".
+    value: [B, S, Hv, Dv] in either case.
+    key_cache, value_cache: [B, C, Hkv, D], of any float dtype, and [B, C, Hv, Dv], of the dtype of value.
+    cos, sin, start, rot, interleaved: as of `webgpu.rope`.
+    start_pos: cache row of the first position, live. Rows start_pos .. start_pos + S - 1 are written.
+    kv_limit, window: those of the attention that follows (`webgpu.attention`), at the same start_pos.
+
+Results: the rotated query, in its shape; the new caches, which may take over the buffers of the old ones; and `sizes`,
+i32[8], for the argument of that name of `webgpu.attention`: words 0 to 2 are the grid of attention_stream.wgsl, words 4
+to 6 that of attention_merge.wgsl. It is written only where `attention_decode.live_stream` says that attention reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+
+from .. import wgsl
+from ..backend.graph import Arg, Dim, Graph, Node, Ref, Sym, make_dim
+from .attention_common import LIMITS_OF_KEYS, Problem, as_bhsd, number
+from .attention_decode import SIZES_WORDS, StreamChoice, grids, live_stream
+from .base import Dispatch, Lowering, Param, register
+from .cache import supports_update
+from .copies import Side, copy_all, detached, side
+from .rope import FLOATS, LAYOUTS
+from .rope import supports as supports_rope
+
+NAME = "webgpu.rope_cache"
+WORKGROUP = 64
+_TABLE = ("cos", "sin", "start", "rot", "interleaved", "layout")
+_READ = {"query": "query", "key": "key", "value": "value", "cosines": "cos", "sines": "sin"}
+"""Shader variable -> argument."""
+_PAIRS = {1: "rope_cache_pairs_1", 4: "rope_cache_pairs_4"}
+"""Elements of a unit -> part of the shader."""
+
+
+def _ref(node: Node, name: str) -> Ref:
+    found = node.args[name]
+    if not isinstance(found, Ref):
+        raise TypeError(f"{node.name}: {name} is {found!r}")
+    return found
+
+
+def _dim(arg: Arg) -> Dim:
+    if isinstance(arg, bool) or not isinstance(arg, int | Sym):
+        raise TypeError(f"expected an integer or a symbol, got {arg!r}")
+    return arg
+
+
+def _bshd(shape: tuple[Dim, ...], layout: Arg) -> tuple[Dim, ...]:
+    position, head = LAYOUTS[str(layout)]
+    return shape[0], shape[position], shape[head], shape[3]
+
+
+def supports(graph: Graph, node: Node) -> str | None:
+    """What `webgpu.rope` supports of query and of key, what `llama.update_cache` supports, and sizes that agree."""
+    if len(node.outputs) != 4:
+        return f"{NAME} has four results, not {len(node.outputs)}"
+    rotated, keys, values, sizes = (graph.values[i] for i in node.outputs)
+    table = {name: node.args[name] for name in _TABLE if name in node.args}
+    for name, output in (("query", node.outputs[0]), ("key", node.outputs[1])):
+        reason = supports_rope(graph, Node("webgpu.rope", {"input": node.args[name], **table}, (output,), node.name))
+        if reason is not None:
+            return f"{name}: {reason}"
+    write = {"value": node.args["value"], "cache": node.args["value_cache"], "start_pos": node.args["start_pos"]}
+    reason = supports_update(graph, Node("llama.update_cache.default", write, node.outputs[2:3], node.name))
+    if reason is not None:
+        return reason
+    query, key, value, key_cache, value_cache = (
+        graph.value(node.args[name]) for name in ("query", "key", "value", "key_cache", "value_cache")
+    )
+    for cache in (key_cache, value_cache):
+        if cache.dtype not in FLOATS:
+            return f"cache {cache.name} has dtype {cache.dtype}; float32, float16 and bfloat16 are supported"
+    q_shape, k_shape = _bshd(query.shape, node.args["layout"]), _bshd(key.shape, node.args["layout"])
+    if q_shape[:2] != k_shape[:2] or q_shape[:2] != value.shape[:2] or q_shape[3] != k_shape[3]:
+        return f"query {query.shape}, key {key.shape} and value {value.shape} differ in batch, positions or head size"
+    if len(key_cache.shape) != 4 or (key_cache.shape[0], *key_cache.shape[2:]) != (k_shape[0], *k_shape[2:]):
+        return f"key {key.shape} and its cache {key_cache.name} {key_cache.shape} differ in batch, heads or head size"
+    if key_cache.shape[1] != value_cache.shape[1]:
+        return f"cache {key_cache.name} has {key_cache.shape[1]} rows, {value_cache.name} {value_cache.shape[1]}"
+    for old, new in ((query, rotated), (key_cache, keys), (value_cache, values)):
+        if old.shape != new.shape:
+            return f"the result for {old.name} is {new.shape}, not {old.shape}"
+    for cache, new in ((key_cache, keys), (value_cache, values)):
+        if cache.dtype != new.dtype:
+            return f"cache {cache.name} is {cache.dtype}, the new one {new.dtype}"
+    if sizes.dtype != "i32" or sizes.shape != (SIZES_WORDS,):
+        return f"sizes is {sizes.dtype}{list(sizes.shape)}; it must be i32[{SIZES_WORDS}]"
+    if node.args["kv_limit"] not in LIMITS_OF_KEYS:
+        return f"kv_limit is {node.args['kv_limit']!r}; it must be one of {LIMITS_OF_KEYS}"
+    window = node.args["window"]
+    if isinstance(window, bool) or not isinstance(window, int) or not 0 <= window < 2**31:
+        return f"window is {window!r}; it must be an integer that is not negative"
+    return None
+
+
+def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
+    """See the module's docstring. One dispatch, after copies of what cannot be written in place."""
+    args = node.args
+    rotated, keys, values, sizes = (ctx.out(node, i) for i in range(4))
+    batch, heads, rows, size = as_bhsd(ctx.shape(args["query"]), str(args["layout"]))
+    kv_heads = ctx.shape(keys)[2]
+    _, capacity, v_heads, v_size = ctx.shape(values)
+    rot = args.get("rot") or size
+    if not isinstance(rot, int):
+        raise TypeError(f"expected a number of elements, got {rot!r}")
+    table = ctx.shape(args["cos"])
+    table_rows = prod(table[:-1])
+    _require(ctx, node, rows, capacity, table_rows)
+    yield from copy_all(ctx, _ref(node, "key_cache"), keys)
+    yield from copy_all(ctx, _ref(node, "value_cache"), values)
+    if batch * rows == 0 or table_rows == 0:
+        return
+    read: dict[str, Side] = {}
+    for variable, name in _READ.items():
+        read[variable], before = _apart(ctx, _ref(node, name), (keys, values))
+        yield from before
+
+    unit = 4 if size % 4 == 0 and rot % 8 == 0 else 1
+    v_unit = 4 if v_heads * v_size % 4 == 0 else 1
+    items = size // unit - rot // 2 // unit
+    counts = (
+        batch * rows * heads * items,
+        batch * rows * kv_heads * items,
+        batch * rows * v_heads * v_size // v_unit,
+    )
+    q_groups, k_groups, v_groups = (sum(-(-c // WORKGROUP) for c in counts[: i + 1]) for i in range(3))
+    known: dict[str, Param] = {
+        "start_pos": ctx.live(_dim(args["start_pos"])),
+        "start": ctx.live(_dim(args.get("start", 0))),
+        "last": capacity - rows,
+        "rows": rows,
+        "capacity": capacity,
+        "table_rows": table_rows,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        **dict(zip(("q_count", "k_count", "v_count"), counts, strict=True)),
+        "v_row": v_heads * v_size // v_unit,
+        "q_groups": q_groups,
+        "k_groups": k_groups,
+    }
+    bindings = {
+        **{variable: found.value for variable, found in read.items()},
+        "query_out": rotated.value,
+        "key_cache": keys.value,
+        "value_cache": values.value,
+    }
+    kernel, parts, groups = "rope_cache", ["rope_cache_moves", _PAIRS[unit]], v_groups
+    problem = _problem(batch, heads, kv_heads, rows, capacity, size, v_heads, v_size)
+    choice = None if problem is None else live_stream(ctx, {"key": keys, "value": values}, problem)
+    if problem is not None and choice is not None:
+        kernel, groups = "rope_cache_sizes", v_groups + 1
+        parts += ["attention_rules", "attention_splits"]
+        bindings["sizes"] = sizes.value
+        known |= {"v_groups": v_groups, **_split_params(args, problem, choice)}
+    kinds = {
+        **{letter: ctx.stored_as(read[v].value, read[v].dtype) for letter, v in _LETTERS.items()},
+        "QOut": ctx.wgsl_type(rotated),
+        "KCache": ctx.wgsl_type(keys),
+        "VCache": ctx.wgsl_type(values),
+    }
+    wide = {name: (v_unit if name in ("V", "VCache") else unit) == 4 for name in kinds}
+    yield Dispatch(
+        kernel,
+        bindings,
+        known,
+        ctx.fold_grid(groups),
+        consts={
+            "D": size,
+            "ROT": rot,
+            "WIDTH": table[-1],
+            "UNIT": unit,
+            "INTERLEAVED": args["interleaved"] is True,
+            "HEADS_FIRST": args["layout"] == "bhsd",
+        },
+        types={
+            "Wide": "vec4<f32>" if unit == 4 else "f32",
+            **{name: f"vec4<{kind}>" if wide[name] else kind for name, kind in kinds.items()},
+        },
+        body="".join(wgsl.source(part) for part in parts),
+    )
+
+
+_LETTERS = {"Q": "query", "K": "key", "V": "value", "Cos": "cosines", "Sin": "sines"}
+"""Element type in the shader -> shader variable."""
+
+
+def _require(ctx: Lowering, node: Node, rows: int, capacity: int, table_rows: int) -> None:
+    """The host checks of `webgpu.rope` and `llama.update_cache`."""
+    start, position = _dim(node.args.get("start", 0)), _dim(node.args["start_pos"])
+    of = f"of the rotary table ({table_rows} rows)"
+    ctx.require(start, 0, max(table_rows - 1, 0), f"{node.name}: first row {of}")
+    ctx.require(make_dim("add", start, rows), 1, table_rows, f"{node.name}: end of the rows read {of}")
+    for name in ("key_cache", "value_cache"):
+        cache = ctx.value(node.args[name]).name
+        what = f"writing {rows} rows into cache {cache} of capacity {capacity} at start_pos {position}"
+        ctx.require(position, 0, capacity - rows, what)
+
+
+def _apart(ctx: Lowering, source: Ref, written: tuple[Ref, ...]) -> tuple[Side, list[Dispatch]]:
+    """`source` outside of the buffers that the kernel writes; see `copies.detached`."""
+    for target in written:
+        if ctx.shares_storage(source, target):
+            return detached(ctx, source, target)
+    return side(ctx, source), []
+
+
+def _problem(
+    batch: int, heads: int, kv_heads: int, rows: int, capacity: int, d: int, v_heads: int, dv: int
+) -> Problem | None:
+    """The attention that can read these caches; None where none can."""
+    if v_heads != kv_heads or kv_heads == 0 or heads == 0 or heads % kv_heads:
+        return None
+    return Problem(batch, heads, kv_heads, rows, capacity, d, dv)
+
+
+def _split_params(args: Mapping[str, Arg], problem: Problem, choice: StreamChoice) -> dict[str, Param]:
+    """What attention_rules.wgsl and attention_splits.wgsl need, and the grids where every split has keys."""
+    split, merge = grids(problem, choice)
+    return {
+        "batch": problem.batch,
+        "limit": LIMITS_OF_KEYS.index(str(args["kv_limit"])),
+        "window": int(number(args["window"])),
+        "splits": choice.splits,
+        "split_tile": choice.split_tile,
+        "split_grid": (*split, 0),
+        "merge_grid": (*merge, 0),
+    }
+
+
+register(NAME, supports=supports, lower=lower, inplace={1: "key_cache", 2: "value_cache"})
