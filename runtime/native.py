@@ -129,7 +129,7 @@ class Download:
         self._message = ""
         self._size = 0
 
-        @ffi.callback("void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)")
+        @ffi.callback("void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)")  # type: ignore[untyped-decorator]
         def mapped(status: int, message: Any, _first: Any, _second: Any) -> None:
             self._message = _api.from_c_string_view(message) or ""
             self._status = status
