@@ -14,8 +14,8 @@ KEYS = 64
 """Keys of a tile: four for each of the 16 lanes that share a row."""
 COLUMNS = 32
 """vec4 value columns of one workgroup; wider heads take several, each of which computes the scores again."""
-TARGET_WORKGROUPS = 512
-"""Workgroups below which the keys are split among more of them."""
+TARGET_WORKGROUPS = 128
+"""Workgroups below which the keys are split among more of them: one for each multiprocessor of a large GPU."""
 KEYS_OF_A_SPLIT = 128
 """Keys below which a split is not worth its partial result."""
 MAX_SPLITS = 64
@@ -113,15 +113,21 @@ def variants(problem: Problem, limits: Limits) -> dict[str, FlashChoice]:
 def choose_flash(problem: Problem, limits: Limits, variant: str = "auto") -> FlashChoice | None:
     """The division of the flash route, or None where the device or the head sizes permit none.
 
-    "auto" takes the largest tiles of which there are enough to fill a device, before keys are split.
+    "auto" takes the largest tiles of which there are enough to fill a device, with split keys where these help. Where
+    the rows are most of the keys, causal tiles differ in their work, and twice as many are needed for a balance.
     """
     known = variants(problem, limits)
     if variant != "auto":
         return known.get(variant)
     count = problem.group * problem.rows
-    for size, wanted in (("large", TARGET_WORKGROUPS // 4), ("medium", 1), ("small", 1)):
+    uneven = 2 if problem.capacity < 2 * problem.rows else 1
+    for size, wanted in (("large", uneven * TARGET_WORKGROUPS), ("medium", 1), ("small", 1)):
         rows, _ = _SIZES[size]
-        if size in known and _groups(problem, rows) >= wanted and (rows == 32 or count > rows // 2):
+        if (
+            size in known
+            and _groups(problem, rows) * known[size].splits >= wanted
+            and (rows == 32 or count > rows // 2)
+        ):
             return known[size]
     return next(iter(known.values()), None)
 
@@ -138,7 +144,8 @@ def flash(
     """The dispatches of the flash route: one, or two with split keys."""
     split = choice.splits > 1
     common, types = consts_of(ctx, args, problem), types_of(ctx, args, problem, out)
-    fold = int(args.get("attn_mask") is None and every["softcap"] == 0.0)
+    scale = every["scale"]
+    fold = int(args.get("attn_mask") is None and every["softcap"] == 0.0 and isinstance(scale, float) and scale > 0)
     tiles = _tiles(problem, choice.rows)
     total = _groups(problem, choice.rows) * choice.splits
     kinds = {"Mask": types["Mask"], "Sink": types["Sink"], "QVec": f"vec4<{types['Q']}>"}
@@ -162,7 +169,7 @@ def flash(
     own: dict[str, Param] = {"total": total, "tiles": tiles, "splits": choice.splits}
     tensors = bindings_of(ctx, args, "key", "value", "mask", "sink")
     bindings = {**tensors, "queries": ctx.id(args["query"]), "out": partial}
-    shared = ("rules", "scores", "flash_ranges", "flash_loads")
+    shared = ("rules", "scores", "flash_ranges", "flash_loads", "flash_tiles")
     first = dispatch_of(ctx, "attention_flash", bindings, every, own, total, consts, kinds, shared)
     yield replace(first, body=first.body + _neighbour(choice.shuffle))
     if not split:

@@ -73,5 +73,5 @@ def naive(ctx: Lowering, args: Mapping[str, Arg], problem: Problem, out: Ref, ev
     consts, types = consts_of(ctx, args, problem), types_of(ctx, args, problem, out)
     own = {"total": total}
     return dispatch_of(
-        ctx, "attention_naive", bindings, every, own, -(-total // 64), consts, types, ("rules", "scores")
+        ctx, "attention_naive", bindings, every, own, -(-total // 64), consts, types, ("rules", "scores", "loads")
     )

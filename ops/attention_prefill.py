@@ -31,4 +31,5 @@ def prefill(ctx: Lowering, args: Mapping[str, Arg], problem: Problem, out: Ref, 
     consts = {**consts_of(ctx, args, problem), "QROWS": rows, "PASSES": passes}
     types = types_of(ctx, args, problem, out)
     own = {"total": total, "tiles": tiles}
-    return dispatch_of(ctx, "attention_prefill", bindings, every, own, total, consts, types, ("rules", "scores"))
+    parts = ("rules", "scores", "loads")
+    return dispatch_of(ctx, "attention_prefill", bindings, every, own, total, consts, types, parts)

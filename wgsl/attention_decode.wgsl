@@ -13,7 +13,7 @@
 //
 // Memory traffic: K and V once for each ROWS rows, coalesced in 128-byte runs; partial results (DV + 2) * 4 bytes a row and split.
 // Workgroup memory: ROWS * (1284 + 4 * D) bytes about; ops/attention_lower.py picks ROWS by it. Versions tried: this one only.
-// Appended: attention_rules.wgsl, attention_scores.wgsl.
+// Appended: attention_rules.wgsl, attention_scores.wgsl, attention_loads.wgsl.
 
 @group(0) @binding(0) var<storage, read> query: array<Q>;
 @group(0) @binding(1) var<storage, read> key: array<K>;

@@ -8,23 +8,25 @@
 // takes one of `splits` equal ranges of the tile's keys and writes its unnormalised sums; `attention_flash_merge` follows.
 //
 // Lanes form a grid of TY = QROWS / 8 by 16: lane (ty, tx) owns rows 4 * ty + e and QROWS / 2 + 4 * ty + e (e < 4), the scores of keys
-// tx + 16 * i (i < 4), and vec4 columns tx and tx + 16 of the values: 32 scores and 64 sums, all in vectors of fixed names. One array of
-// workgroup memory serves both phases: chunks of CHUNK vec4 columns of queries and keys (12 reads for 128 multiply-adds), then the
-// probabilities as [key][row] and chunks of VKEYS values (4 reads for 64). Row pitches are odd, so that lanes that read one column meet
-// different banks. A chunk's global loads are issued before the computation on the one before it (PREFETCH; AHEAD: also those of queries,
-// which cost most registers and are often in a near cache). Halves are loaded eight at a time (KSTEP, VSTEP 2: `key`, `value` hold four
-// pairs) where the head size permits.
+// tx + 16 * i (i < 4), and vec4 columns tx and tx + 16 of the values: 32 scores and 64 sums, all in vectors of fixed names. Neighbours are
+// lanes of two rows in turn, so that each half of a 32-lane subgroup reads eight different vectors twice: no more than workgroup memory
+// gives at once. One array of workgroup memory serves both phases: chunks of CHUNK vec4 columns of queries and keys (12 reads for 128
+// multiply-adds), then the probabilities as [key][row] and chunks of VKEYS values (4 reads for 64). Pitches keep lanes in different banks.
+// A chunk's global loads are issued before the computation on the one before it. Halves are loaded eight at a time (KSTEP, VSTEP 2: `key`,
+// `value` hold four pairs) where the head size permits.
 //
-// Probabilities are powers of two: log2(e) is folded into the query (FOLD), unless a cap or mask needs natural units. A row's maximum is
-// found with shuffles among SUB lanes, then through workgroup memory among the 16 / SUB that are left. Tiles that no row's range cuts and
-// that have no mask take no tests; in others the probability of a hidden key is -1 and is passed over, so that what stands in hidden
-// rows (NaN too) is of no effect.
+// Probabilities are powers of two: scale and log2(e) enter with the exponent's multiply-add (FOLD), unless a cap, mask or negative scale
+// needs scores in natural units. A row's maximum is found with shuffles among SUB lanes, then through workgroup memory among the 16 / SUB
+// that are left. Tiles that no row's range cuts and that have no mask take no tests; in others the probability of a hidden key is -1 and is
+// passed over, so that what stands in hidden rows (NaN too) is of no effect.
 //
 // Memory traffic: K and V once for each tile of rows, Q once for each tile of keys. Workgroup memory: `flash_memory` in
-// ops/attention_flash.py. Versions tried: this one; tile and chunk sizes, prefetch and shuffles are constants (`variants` there).
-// Unchecked: rows are clamped to the last one, keys are below key_limit <= capacity, columns below D4 and DV4; the host has checked that the
-// tensors have these sizes; mask and sink are read at clamped rows and heads; indices of workgroup memory follow from lane < LANES.
-// Appended: attention_rules.wgsl, attention_scores.wgsl, attention_flash_ranges.wgsl, attention_flash_loads.wgsl, `neighbour`.
+// ops/attention_flash.py. Versions tried: see docs/KERNELS.md.
+// Unchecked: rows are clamped to the last one, keys to the last one below key_limit <= capacity (nothing is loaded where there is none),
+// columns are below D4 and DV4; the host has checked that the tensors have these sizes; mask and sink are read at clamped rows and heads;
+// indices of workgroup memory follow from lane < LANES.
+// Appended: attention_rules.wgsl, attention_scores.wgsl, attention_flash_ranges.wgsl, attention_flash_loads.wgsl,
+// attention_flash_tiles.wgsl, `neighbour`.
 
 @group(0) @binding(0) var<storage, read> queries: array<QVec>;
 @group(0) @binding(1) var<storage, read> key: array<K>;
@@ -74,7 +76,7 @@ const V_AT = KEYS * P_PITCH; // also of the maxima that lanes exchange
 const K_SLOTS = CHUNK / KSTEP; // loads of a key's chunk
 const V_SLOTS = VW / VSTEP; // loads of a row of values
 const LOG2E = 1.4426950408889634;
-const UNIT = select(LOG2E, 1.0, FOLD != 0u); // of a score, in powers of two
+const UNIT = select(LOG2E, 1.0, FOLD != 0u); // of a row's maximum, in powers of two
 
 var<workgroup> shared_tile: array<vec4<f32>, max((QROWS + KEYS) * PITCH, V_AT + max(VKEYS * VW, PARTS * 2u * TY))>;
 
@@ -90,54 +92,12 @@ fn rows_at(number: u32, b: u32, kv_head: u32) -> Rows {
     return Rows(row, kv_head * params.group + (n - row * params.group));
 }
 
-/// The lane's scores: component e of s<i> is row lo e and key tx + 16 * i; of t<i>, row hi e.
-struct Scores {
-    s0: vec4<f32>,
-    s1: vec4<f32>,
-    s2: vec4<f32>,
-    s3: vec4<f32>,
-    t0: vec4<f32>,
-    t1: vec4<f32>,
-    t2: vec4<f32>,
-    t3: vec4<f32>,
-}
-
-/// acc + the products of four columns of a key with those of four rows; q[c] holds column c of the rows. A chain of multiply-adds:
-/// a vector times a matrix costs one addition more.
-fn dots(acc: vec4<f32>, q: mat4x4<f32>, k: vec4<f32>) -> vec4<f32> {
-    return fma(q[3], vec4<f32>(k.w), fma(q[2], vec4<f32>(k.z), fma(q[1], vec4<f32>(k.y), fma(q[0], vec4<f32>(k.x), acc))));
-}
-
-/// Column c of four rows of queries in workgroup memory, as `dots` wants it.
-fn query_columns(at: u32) -> mat4x4<f32> {
-    return transpose(mat4x4<f32>(
-        shared_tile[at],
-        shared_tile[at + PITCH],
-        shared_tile[at + 2u * PITCH],
-        shared_tile[at + 3u * PITCH],
-    ));
-}
-
-/// acc + the products of one vec4 column, whose queries and keys start at `q_at` and `k_at`.
-fn with_column(acc: Scores, q_at: u32, k_at: u32) -> Scores {
-    let k0 = shared_tile[k_at];
-    let k1 = shared_tile[k_at + 16u * PITCH];
-    let k2 = shared_tile[k_at + 32u * PITCH];
-    let k3 = shared_tile[k_at + 48u * PITCH];
-    let lo = query_columns(q_at);
-    let hi = query_columns(q_at + QROWS / 2u * PITCH);
-    return Scores(
-        dots(acc.s0, lo, k0), dots(acc.s1, lo, k1), dots(acc.s2, lo, k2), dots(acc.s3, lo, k3),
-        dots(acc.t0, hi, k0), dots(acc.t1, hi, k1), dots(acc.t2, hi, k2), dots(acc.t3, hi, k3),
-    );
-}
-
-/// Scores from dot products: scaled, and capped where there is a cap.
+/// Scores from dot products. With FOLD they stay as they are, and `powers` scales.
 fn finished(dots: vec4<f32>) -> vec4<f32> {
-    let x = dots * (params.scale * (LOG2E / UNIT));
     if (FOLD != 0u) {
-        return x;
+        return dots;
     }
+    let x = dots * params.scale;
     return vec4<f32>(capped(x.x), capped(x.y), capped(x.z), capped(x.w));
 }
 
@@ -161,9 +121,17 @@ fn firsts_of(b: u32, row: vec4<u32>) -> vec4<u32> {
     return vec4<u32>(key_first(b, row.x), key_first(b, row.y), key_first(b, row.z), key_first(b, row.w));
 }
 
-/// e to the power x, where x is a difference of scores.
-fn power(x: vec4<f32>) -> vec4<f32> {
-    return exp2(x * UNIT);
+/// The factor of a score on the way to the unit of maxima: powers of two with FOLD, else natural ones.
+fn factor() -> f32 {
+    return select(1.0, params.scale * LOG2E, FOLD != 0u);
+}
+
+/// Probabilities of scores, up to the factor that belongs to the row's maximum.
+fn powers(scores: vec4<f32>, top: vec4<f32>) -> vec4<f32> {
+    if (FOLD != 0u) {
+        return exp2(fma(scores, vec4<f32>(factor()), -top));
+    }
+    return exp2((scores - top) * LOG2E); // scores may be as low as floats go: no factor before the difference
 }
 
 /// The largest component among the lanes of a row that shuffle together.
@@ -191,72 +159,6 @@ fn give(lo: vec4<f32>, hi: vec4<f32>, ty: u32, tx: u32) {
         shared_tile[V_AT + (tx / SUB) * 2u * TY + ty] = lo;
         shared_tile[V_AT + (tx / SUB) * 2u * TY + TY + ty] = hi;
     }
-}
-
-/// acc + p * v for four rows of probabilities and one vec4 column.
-fn weigh(acc: mat4x4<f32>, p: vec4<f32>, v: vec4<f32>) -> mat4x4<f32> {
-    return mat4x4<f32>(
-        fma(vec4<f32>(p.x), v, acc[0]),
-        fma(vec4<f32>(p.y), v, acc[1]),
-        fma(vec4<f32>(p.z), v, acc[2]),
-        fma(vec4<f32>(p.w), v, acc[3]),
-    );
-}
-
-/// As `weigh`, passing over hidden keys.
-fn weigh_visible(acc: mat4x4<f32>, p: vec4<f32>, v: vec4<f32>) -> mat4x4<f32> {
-    return mat4x4<f32>(
-        select(fma(vec4<f32>(p.x), v, acc[0]), acc[0], p.x < 0.0),
-        select(fma(vec4<f32>(p.y), v, acc[1]), acc[1], p.y < 0.0),
-        select(fma(vec4<f32>(p.z), v, acc[2]), acc[2], p.z < 0.0),
-        select(fma(vec4<f32>(p.w), v, acc[3]), acc[3], p.w < 0.0),
-    );
-}
-
-fn rescaled(acc: mat4x4<f32>, by: vec4<f32>) -> mat4x4<f32> {
-    return mat4x4<f32>(acc[0] * by.x, acc[1] * by.y, acc[2] * by.z, acc[3] * by.w);
-}
-
-/// The lane's sums: rows lo and hi, columns tx (a) and tx + 16 (b).
-struct Sums {
-    lo_a: mat4x4<f32>,
-    hi_a: mat4x4<f32>,
-    lo_b: mat4x4<f32>,
-    hi_b: mat4x4<f32>,
-}
-
-/// acc + probabilities times values of one key, which start at `p_at` and `v_at`.
-fn with_key(acc: Sums, p_at: u32, v_at: u32) -> Sums {
-    let lo = shared_tile[p_at];
-    let hi = shared_tile[p_at + TY];
-    let v = shared_tile[v_at];
-    if (BLOCKS == 1u) {
-        return Sums(weigh(acc.lo_a, lo, v), weigh(acc.hi_a, hi, v), acc.lo_b, acc.hi_b);
-    }
-    let u = shared_tile[v_at + 16u];
-    return Sums(weigh(acc.lo_a, lo, v), weigh(acc.hi_a, hi, v), weigh(acc.lo_b, lo, u), weigh(acc.hi_b, hi, u));
-}
-
-/// As `with_key`, for four keys in a row.
-fn with_keys(acc: Sums, p_at: u32, v_at: u32) -> Sums {
-    var sums = with_key(acc, p_at, v_at);
-    sums = with_key(sums, p_at + P_PITCH, v_at + VW);
-    sums = with_key(sums, p_at + 2u * P_PITCH, v_at + 2u * VW);
-    return with_key(sums, p_at + 3u * P_PITCH, v_at + 3u * VW);
-}
-
-/// As `with_key`, passing over hidden keys.
-fn with_visible_key(acc: Sums, p_at: u32, v_at: u32) -> Sums {
-    let lo = shared_tile[p_at];
-    let hi = shared_tile[p_at + TY];
-    let v = shared_tile[v_at];
-    let lo_a = weigh_visible(acc.lo_a, lo, v);
-    let hi_a = weigh_visible(acc.hi_a, hi, v);
-    if (BLOCKS == 1u) {
-        return Sums(lo_a, hi_a, acc.lo_b, acc.hi_b);
-    }
-    let u = shared_tile[v_at + 16u];
-    return Sums(lo_a, hi_a, weigh_visible(acc.lo_b, lo, u), weigh_visible(acc.hi_b, hi, u));
 }
 
 @compute @workgroup_size(LANES)
@@ -337,15 +239,11 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
             }
             let q_at = 4u * ty * PITCH;
             let k_at = K_AT + tx * PITCH;
-            x = with_column(x, q_at, k_at);
-            x = with_column(x, q_at + 1u, k_at + 1u);
-            x = with_column(x, q_at + 2u, k_at + 2u);
-            x = with_column(x, q_at + 3u, k_at + 3u);
-            if (CHUNK > 4u) {
-                x = with_column(x, q_at + 4u, k_at + 4u);
-                x = with_column(x, q_at + 5u, k_at + 5u);
-                x = with_column(x, q_at + 6u, k_at + 6u);
-                x = with_column(x, q_at + 7u, k_at + 7u);
+            for (var c = 0u; c < CHUNK; c += 4u) {
+                x = with_column(x, q_at + c, k_at + c);
+                x = with_column(x, q_at + c + 1u, k_at + c + 1u);
+                x = with_column(x, q_at + c + 2u, k_at + c + 2u);
+                x = with_column(x, q_at + c + 3u, k_at + c + 3u);
             }
         }
 
@@ -375,8 +273,8 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
             x.t2 = judge(x.t2, b, hi, j + 32u, hi_firsts, hi_limits);
             x.t3 = judge(x.t3, b, hi, j + 48u, hi_firsts, hi_limits);
         }
-        var lo_raised = max(lo_top, shuffled_max(max(max(x.s0, x.s1), max(x.s2, x.s3))));
-        var hi_raised = max(hi_top, shuffled_max(max(max(x.t0, x.t1), max(x.t2, x.t3))));
+        var lo_raised = max(lo_top, factor() * shuffled_max(max(max(x.s0, x.s1), max(x.s2, x.s3))));
+        var hi_raised = max(hi_top, factor() * shuffled_max(max(max(x.t0, x.t1), max(x.t2, x.t3))));
         workgroupBarrier();
         if (PARTS > 1u) {
             give(lo_raised, hi_raised, ty, tx);
@@ -386,30 +284,38 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
                 hi_raised = max(hi_raised, shared_tile[V_AT + i * 2u * TY + TY + ty]);
             }
         }
-        let lo_change = power(lo_top - lo_raised);
-        let hi_change = power(hi_top - hi_raised);
+        let lo_change = exp2((lo_top - lo_raised) * UNIT);
+        let hi_change = exp2((hi_top - hi_raised) * UNIT);
         lo_top = lo_raised;
         hi_top = hi_raised;
 
-        let hidden = vec4<f32>(select(-1.0, 0.0, full)); // a full tile's -inf is a score like others
         lo_sum *= lo_change;
         hi_sum *= hi_change;
         let p_at = tx * P_PITCH + ty;
-        lo_sum += put(p_at, x.s0, lo_top, hidden);
-        lo_sum += put(p_at + 16u * P_PITCH, x.s1, lo_top, hidden);
-        lo_sum += put(p_at + 32u * P_PITCH, x.s2, lo_top, hidden);
-        lo_sum += put(p_at + 48u * P_PITCH, x.s3, lo_top, hidden);
-        hi_sum += put(p_at + TY, x.t0, hi_top, hidden);
-        hi_sum += put(p_at + 16u * P_PITCH + TY, x.t1, hi_top, hidden);
-        hi_sum += put(p_at + 32u * P_PITCH + TY, x.t2, hi_top, hidden);
-        hi_sum += put(p_at + 48u * P_PITCH + TY, x.t3, hi_top, hidden);
-        if (any(lo_change != vec4<f32>(1.0)) || any(hi_change != vec4<f32>(1.0))) {
-            acc.lo_a = rescaled(acc.lo_a, lo_change);
-            acc.hi_a = rescaled(acc.hi_a, hi_change);
-            if (BLOCKS > 1u) {
-                acc.lo_b = rescaled(acc.lo_b, lo_change);
-                acc.hi_b = rescaled(acc.hi_b, hi_change);
-            }
+        if (full) {
+            lo_sum += put(p_at, x.s0, lo_top);
+            lo_sum += put(p_at + 16u * P_PITCH, x.s1, lo_top);
+            lo_sum += put(p_at + 32u * P_PITCH, x.s2, lo_top);
+            lo_sum += put(p_at + 48u * P_PITCH, x.s3, lo_top);
+            hi_sum += put(p_at + TY, x.t0, hi_top);
+            hi_sum += put(p_at + 16u * P_PITCH + TY, x.t1, hi_top);
+            hi_sum += put(p_at + 32u * P_PITCH + TY, x.t2, hi_top);
+            hi_sum += put(p_at + 48u * P_PITCH + TY, x.t3, hi_top);
+        } else {
+            lo_sum += put_visible(p_at, x.s0, lo_top);
+            lo_sum += put_visible(p_at + 16u * P_PITCH, x.s1, lo_top);
+            lo_sum += put_visible(p_at + 32u * P_PITCH, x.s2, lo_top);
+            lo_sum += put_visible(p_at + 48u * P_PITCH, x.s3, lo_top);
+            hi_sum += put_visible(p_at + TY, x.t0, hi_top);
+            hi_sum += put_visible(p_at + 16u * P_PITCH + TY, x.t1, hi_top);
+            hi_sum += put_visible(p_at + 32u * P_PITCH + TY, x.t2, hi_top);
+            hi_sum += put_visible(p_at + 48u * P_PITCH + TY, x.t3, hi_top);
+        }
+        acc.lo_a = rescaled(acc.lo_a, lo_change);
+        acc.hi_a = rescaled(acc.hi_a, hi_change);
+        if (BLOCKS > 1u) {
+            acc.lo_b = rescaled(acc.lo_b, lo_change);
+            acc.hi_b = rescaled(acc.hi_b, hi_change);
         }
 
         let stop = min(KEYS, end - key0);
@@ -437,11 +343,8 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
                     }
                 }
             } else {
-                for (var j = 0u; j < VKEYS; j += 2u) {
-                    let p = (first + j) * P_PITCH + ty;
-                    let v = V_AT + j * VW + tx;
-                    acc = with_visible_key(acc, p, v);
-                    acc = with_visible_key(acc, p + P_PITCH, v + VW);
+                for (var j = 0u; j < VKEYS; j++) {
+                    acc = with_visible_key(acc, (first + j) * P_PITCH + ty, V_AT + j * VW + tx);
                 }
             }
         }
@@ -461,7 +364,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
         }
     }
     if (SPLIT != 0u && begin >= end) {
-        return; // not at the begin: a driver's compiler crashes on barriers behind it
+        return; // not earlier: a driver's compiler crashes on a return in front of loops with barriers
     }
     var lo_norm = vec4<f32>(1.0);
     var hi_norm = vec4<f32>(1.0);
@@ -479,12 +382,4 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
         store(rescaled(acc.lo_b, lo_norm), lo_row, b, kv_head, split, c + 16u);
         store(rescaled(acc.hi_b, hi_norm), hi_row, b, kv_head, split, c + 16u);
     }
-}
-
-/// Stores the probabilities of one key for four rows and returns what they add to the rows' sums.
-fn put(at: u32, scores: vec4<f32>, top: vec4<f32>, hidden: vec4<f32>) -> vec4<f32> {
-    let p = power(scores - top);
-    let none = are_hidden(scores);
-    shared_tile[at] = select(p, hidden, none);
-    return select(p, vec4<f32>(), none);
 }

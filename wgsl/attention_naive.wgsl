@@ -3,7 +3,7 @@
 //   out[b, s, h, :] = sum_j p_j value[b, j, h / group, :],  p = softmax_j(mask + cap(scale * query[b, s, h, :] . key[b, j, h / group, :]))
 //
 // Two passes over the keys (the largest score, then the sums), each of which computes every score again: D * keys multiplications an
-// element and no workgroup memory. Used on request only (`route="naive"`). Appended: attention_rules.wgsl, attention_scores.wgsl.
+// element and no workgroup memory. Used on request only (`route="naive"`). Appended: attention_rules.wgsl, attention_scores.wgsl, attention_loads.wgsl.
 
 @group(0) @binding(0) var<storage, read> query: array<Q>;
 @group(0) @binding(1) var<storage, read> key: array<K>;

@@ -13,7 +13,7 @@
 // Memory traffic: K and V once for each tile of rows and each query head (heads of one KV head run next to each other, for the cache's
 // sake); Q once for each key tile. Workgroup memory: 9 * 16 * (QROWS + 32) + 16 * 40 * GROUPS bytes (14.4 KiB at 32 rows).
 // Versions tried: this one only.
-// Appended: attention_rules.wgsl, attention_scores.wgsl.
+// Appended: attention_rules.wgsl, attention_scores.wgsl, attention_loads.wgsl.
 
 @group(0) @binding(0) var<storage, read> query: array<Q>;
 @group(0) @binding(1) var<storage, read> key: array<K>;

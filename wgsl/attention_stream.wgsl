@@ -14,7 +14,7 @@
 // Memory traffic: (D + DV) * element size bytes a key and KV head, once; partial results (DV + 2) * 4 bytes a row and split.
 // Unchecked: keys are below `end` <= capacity, columns below D and DV, rows below `count`; splits, heads and batch rows are the grid's.
 // Versions: docs/KERNELS.md.
-// Appended: attention_rules.wgsl, attention_splits.wgsl, attention_scores_only.wgsl, attention_rows_<ROWS>.wgsl, and
+// Appended: attention_rules.wgsl, attention_splits.wgsl, attention_scores.wgsl, attention_rows_<ROWS>.wgsl, and
 // attention_cells_f16.wgsl or attention_cells_f32.wgsl.
 
 @group(0) @binding(0) var<storage, read> query: array<Q>;

@@ -141,6 +141,7 @@ OPTIONS = {
     "wide-window": {"window": 150, "kv_limit": "prefix"},
     "past-the-window": {"window": 20, "kv_limit": "all", "pos": 900},
     "softcap": {"softcap": 2.0, "scale": 9.0},
+    "negative-scale": {"scale": -0.4},
     "sink": {"sink": 2.0},
     "no-sink": {"sink": -np.inf},
     "sink-softcap": {"sink": 60.0, "softcap": 50.0},
@@ -409,8 +410,10 @@ def test_sizes_by_problem() -> None:
     assert long == FlashChoice(128, 8, 16, 16, 1)
     short = choose_flash(Problem(1, 32, 8, 128, 8192, 128, 128), ROOMY)
     assert short is not None
-    assert short.rows == 64
-    assert short.splits > 1
+    assert (short.rows, short.splits) == (128, 4)
+    alone = choose_flash(Problem(1, 32, 8, 512, 512, 128, 128), ROOMY)
+    assert alone is not None
+    assert (alone.rows, alone.splits) == (64, 1)
     few = choose_flash(Problem(1, 4, 4, 9, 4096, 128, 128), ROOMY)
     assert few is not None
     assert few.rows == 32
