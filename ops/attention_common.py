@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .. import wgsl
 from ..backend.graph import Arg, Ref, Sym
-from .base import Dispatch, Grid, Lowering, Param
+from .base import Dispatch, Grid, Live, Lowering, Param
 
 TILE = 32
 """Keys that a workgroup looks at together."""
@@ -180,11 +180,14 @@ def dispatch_of(
     every: Mapping[str, Param],
     own: Mapping[str, Param],
     groups: int | Grid,
-    consts: dict[str, int | float | bool],
+    consts: Mapping[str, int | float | bool],
     types: dict[str, str],
     parts: tuple[str, ...],
 ) -> Dispatch:
     params = {field.name: {**every, **own}[field.name] for field in wgsl.reflect(kernel).params}
+    start = every["start_pos"]
+    if not isinstance(start, Live):
+        raise TypeError(f"start_pos is {start!r}, no live scalar")
     body = "".join(wgsl.source(f"attention_{part}") for part in parts)
     grid = ctx.fold_grid(groups) if isinstance(groups, int) else groups
-    return Dispatch(kernel, bindings, params, grid, consts=consts, types=types, body=body)
+    return Dispatch(kernel, bindings, params, grid, consts={**consts, "START": start}, types=types, body=body)

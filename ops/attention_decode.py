@@ -85,11 +85,9 @@ def decode(
     width = min(vec4s(problem.dv), DECODE_COLUMNS)
     types = types_of(ctx, args, problem, out)
     total = problem.batch * problem.kv_heads * choice.row_tiles * choice.passes * choice.splits
-    own: dict[str, Param] = {
-        "total": total, "splits": choice.splits, "split_tile": TILE, "row_tiles": choice.row_tiles
-    }  # fmt: skip
+    own: dict[str, Param] = {"total": total, "row_tiles": choice.row_tiles}
     consts = {**consts_of(ctx, args, problem), "ROWS": choice.rows, "PASSES": choice.passes, "COLUMNS": width}
-    consts["SUBS"] = power_of_two_up_to(min(8, 64 // width))
+    consts |= {"SUBS": power_of_two_up_to(min(8, 64 // width)), "SPLITS": choice.splits, "SPLIT_TILE": TILE}
     bindings = {**bindings_of(ctx, args, "query", "key", "value", "mask"), "partial": partial, "ml": ml}
     kinds = {k: v for k, v in types.items() if k not in ("Out", "Sink")}
     parts = ("rules", "splits", "scores", "loads")
@@ -119,7 +117,7 @@ def _merge(
 ) -> Dispatch:
     width = min(vec4s(problem.dv), DECODE_COLUMNS)
     types = types_of(ctx, args, problem, out)
-    own: dict[str, Param] = {"total": problem.results, "splits": from_.splits, "split_tile": from_.split_tile}
+    own: dict[str, Param] = {"total": problem.results}
     grid = (problem.heads, problem.rows, problem.batch)
     folded = max(grid) > ctx.limits.max_workgroups
     consts: dict[str, int | float | bool] = {
@@ -128,6 +126,8 @@ def _merge(
         "SUBS": power_of_two_up_to(min(16, ctx.limits.max_invocations // width, from_.splits)),
         "ALONE": from_.alone,
         "FOLDED": folded,
+        "SPLITS": from_.splits,
+        "SPLIT_TILE": from_.split_tile,
     }
     bindings = {**bindings_of(ctx, args, "sink"), "partial": from_.partial, "ml": from_.ml, "out": out.value}
     kinds = {k: types[k] for k in ("Out", "Sink")}
@@ -139,12 +139,12 @@ def _join(
     ctx: Lowering, args: Mapping[str, Arg], problem: Problem, out: Ref, every: Mapping[str, Param], from_: Partials
 ) -> Dispatch:
     types = types_of(ctx, args, problem, out)
-    own: dict[str, Param] = {"splits": from_.splits, "split_tile": from_.split_tile}
+    consts = {"DV": problem.dv, "SPLITS": from_.splits, "SPLIT_TILE": from_.split_tile}
     bindings = {**bindings_of(ctx, args, "sink"), "partial": from_.partial, "ml": from_.ml, "out": out.value}
     kinds = {"Out": f"vec4<{types['Out']}>", "Sink": types["Sink"]}
     grid = (problem.heads * join_blocks(problem), problem.rows, problem.batch)
     parts = ("rules", "splits")
-    return dispatch_of(ctx, "attention_join", bindings, every, own, grid, {"DV": problem.dv}, kinds, parts)
+    return dispatch_of(ctx, "attention_join", bindings, every, {}, grid, consts, kinds, parts)
 
 
 # -- devices with subgroups
@@ -251,12 +251,13 @@ def stream(
     kinds = {name: types[name] for name in ("Mask", "Sink")}
     kinds |= {"Q": f"vec4<{types['Q']}>", "Out": f"vec4<{types['Out']}>", "Cell": "vec4<u32>" if half else "vec4<f32>"}
     tile = choice.split_tile
-    own: dict[str, Param] = {"splits": choice.splits, "split_tile": tile}
     common = consts_of(ctx, args, problem)
     consts = {
         **{name: common[name] for name in ("D", "DV", "MASK")},
         "PLAIN": args.get("attn_mask") is None and problem.rows == 1 and not number(args["softcap"]),
         "PREFETCH": choice.prefetch,
+        "SPLITS": choice.splits,
+        "SPLIT_TILE": tile,
         "GROUP": problem.group,
         "ROW_TILES": choice.row_tiles,
         "L": choice.shares,
@@ -273,7 +274,7 @@ def stream(
     sizes = args.get("sizes") if live_stream(ctx, args, problem) == choice else None
     grid, _ = grids(problem, choice)
     yield _sized(
-        ctx, dispatch_of(ctx, "attention_stream", bindings, every, own, grid, consts, kinds, parts), sizes, SPLIT_WORD
+        ctx, dispatch_of(ctx, "attention_stream", bindings, every, {}, grid, consts, kinds, parts), sizes, SPLIT_WORD
     )
     if merges:
         partials = Partials(partial, ml, choice.splits, tile, alone=True)

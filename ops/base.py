@@ -73,6 +73,7 @@ class Live:
 
 
 Param = int | float | Live | tuple[int, ...] | tuple[float, ...]
+Const = int | float | bool | Live
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Dispatch:
         indirect: value index of a buffer that holds the grid as three u32, instead of `grid`.
         indirect_word: where in it they begin, in units of 4 bytes.
         overrides: WGSL `override` -> value.
-        consts: extra `const NAME` declarations (bool -> bool, int -> u32, float -> f32) appended to the shader.
+        consts: extra `const NAME` declarations (bool -> bool, int -> u32, float -> f32) appended to the shader. A
+            `Live` stands for its slot: no param has to be read to find it.
         types: `alias NAME = <wgsl type>` declarations appended; use `ctx.wgsl_type(ref)`.
         body: WGSL function declarations appended (elementwise bodies).
         node: name of the node, for messages and profiles; filled in by the runtime.
@@ -100,7 +102,7 @@ class Dispatch:
     indirect: int | None = None
     indirect_word: int = 0
     overrides: Mapping[str, int | float | bool] = field(default_factory=dict)
-    consts: Mapping[str, int | float | bool] = field(default_factory=dict)
+    consts: Mapping[str, Const] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
     body: str = ""
     node: str = ""

@@ -25,7 +25,7 @@ from .. import wgsl
 from ..backend.graph import Arg, Dim, Graph, Node, Ref, Sym, make_dim
 from .attention_common import LIMITS_OF_KEYS, Problem, as_bhsd, number
 from .attention_decode import SIZES_WORDS, StreamChoice, grids, live_stream
-from .base import Dispatch, Lowering, Param, register
+from .base import Const, Dispatch, Lowering, Param, register
 from .cache import supports_update
 from .copies import Side, copy_all, detached, side
 from .rope import FLOATS, LAYOUTS
@@ -132,8 +132,9 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         batch * rows * v_heads * v_size // v_unit,
     )
     q_groups, k_groups, v_groups = (sum(-(-c // WORKGROUP) for c in counts[: i + 1]) for i in range(3))
+    position = ctx.live(_dim(args["start_pos"]))
     known: dict[str, Param] = {
-        "start_pos": ctx.live(_dim(args["start_pos"])),
+        "start_pos": position,
         "start": ctx.live(_dim(args.get("start", 0))),
         "last": capacity - rows,
         "rows": rows,
@@ -153,12 +154,14 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         "value_cache": values.value,
     }
     kernel, parts, groups = "rope_cache", ["rope_cache_moves", _PAIRS[unit]], v_groups
+    divided: dict[str, Const] = {}
     problem = _problem(batch, heads, kv_heads, rows, capacity, size, v_heads, v_size)
     choice = None if problem is None else live_stream(ctx, {"key": keys, "value": values}, problem)
     if problem is not None and choice is not None:
         kernel, groups = "rope_cache_sizes", v_groups + 1
         parts += ["attention_rules", "attention_splits"]
         bindings["sizes"] = sizes.value
+        divided = {"START": position, "SPLITS": choice.splits, "SPLIT_TILE": choice.split_tile}
         known |= {"v_groups": v_groups, **_split_params(args, problem, choice)}
     kinds = {
         **{letter: ctx.stored_as(read[v].value, read[v].dtype) for letter, v in _LETTERS.items()},
@@ -179,6 +182,7 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
             "UNIT": unit,
             "INTERLEAVED": args["interleaved"] is True,
             "HEADS_FIRST": args["layout"] == "bhsd",
+            **divided,
         },
         types={
             "Wide": "vec4<f32>" if unit == 4 else "f32",
@@ -228,8 +232,6 @@ def _split_params(args: Mapping[str, Arg], problem: Problem, choice: StreamChoic
         "batch": problem.batch,
         "limit": LIMITS_OF_KEYS.index(str(args["kv_limit"])),
         "window": int(number(args["window"])),
-        "splits": choice.splits,
-        "split_tile": choice.split_tile,
         "split_grid": (*split, 0),
         "merge_grid": (*merge, 0),
     }

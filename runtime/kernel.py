@@ -8,7 +8,7 @@ from typing import Any
 import wgpu
 
 from .. import wgsl
-from ..ops.base import Dispatch
+from ..ops.base import Dispatch, Live
 from . import native
 from .errors import DeviceError
 
@@ -25,10 +25,12 @@ class KernelKey:
 
     @classmethod
     def of(cls, dispatch: Dispatch) -> KernelKey:
+        """The variant of a dispatch; a live scalar that has no slot yet counts as slot 0."""
+        consts = {name: 0 if isinstance(value, Live) else value for name, value in dispatch.consts.items()}
         return cls(
             dispatch.kernel,
             tuple(sorted(dispatch.overrides.items())),
-            tuple(sorted(dispatch.consts.items())),
+            tuple(sorted(consts.items())),
             tuple(sorted(dispatch.types.items())),
             dispatch.body,
         )

@@ -4,7 +4,7 @@ encoded."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import wgpu
@@ -137,15 +137,12 @@ class Planner:
             root = self.graph.root(index)
             if root not in where and self.graph.values[root].kind in ("constant", "mutable"):
                 where[root] = self.fixed(root)
-        placed = [
-            (number, dispatch, self._place_live(dispatch))
-            for number, node in enumerate(lowered)
-            for dispatch in node.dispatches
-        ]
+        every = [(number, dispatch) for number, node in enumerate(lowered) for dispatch in node.dispatches]
+        placed = [(number, *self._place_live(dispatch)) for number, dispatch in every]
         live_buffer = self.live.ready()
         params, offsets, kernels = self._pack(placed)
         launches = []
-        for (number, dispatch, (window, _)), offset, kernel in zip(placed, offsets, kernels, strict=True):
+        for (number, dispatch, window), offset, kernel in zip(placed, offsets, kernels, strict=True):
             resolve = self._resolver(number, dispatch, where, sizes)
             group = self._bind(kernel, dispatch, resolve, params, offset, live_buffer, window)
             indirect = None if dispatch.indirect is None else resolve(dispatch.indirect)[0]
@@ -165,7 +162,7 @@ class Planner:
             self.generation,
             params,
             sum(size for storage, size in sizes.items() if isinstance(storage, tuple)),
-            frozenset(p.dim for _, dispatch, _ in placed for p in dispatch.params.values() if isinstance(p, Live)),
+            frozenset(live.dim for _, dispatch in every for live in _live(dispatch).values()),
         )
 
     def _liveness(
@@ -204,27 +201,28 @@ class Planner:
                 touch(index, end)  # tokens and positions, which the GPU may write for the next step
         return sizes, span
 
-    def _place_live(self, dispatch: Dispatch) -> tuple[int, dict[str, int]]:
-        wanted = {name: p.dim for name, p in dispatch.params.items() if isinstance(p, Live)}
+    def _place_live(self, dispatch: Dispatch) -> tuple[Dispatch, int]:
+        """The dispatch with slots in the place of live scalars, and the byte offset of their window."""
+        wanted = _live(dispatch)
         if not wanted:
-            return 0, {}
-        window, slots = self.live.place(list(wanted.values()))
-        return window, dict(zip(wanted, slots, strict=True))
+            return dispatch, 0
+        window, slots = self.live.place([live.dim for live in wanted.values()])
+        known = dict(zip(wanted, slots, strict=True))
+        params = {name: known.get(name, value) for name, value in dispatch.params.items()}
+        consts = {name: known.get(name, value) for name, value in dispatch.consts.items()}
+        return replace(dispatch, params=params, consts=consts), window
 
-    def _pack(
-        self, placed: list[tuple[int, Dispatch, tuple[int, dict[str, int]]]]
-    ) -> tuple[Any, list[int], list[Kernel]]:
+    def _pack(self, placed: list[tuple[int, Dispatch, int]]) -> tuple[Any, list[int], list[Kernel]]:
         """One uniform buffer with the params of all dispatches, the offset of each, and the compiled kernels."""
         align = max(self.device.limits.uniform_alignment, 16)
         blob, offsets, kernels = bytearray(), [], []
         known: dict[bytes, int] = {}
-        for _, dispatch, (_, slots) in placed:
+        for _, dispatch, _ in placed:
             kernel = self.device.kernel(KernelKey.of(dispatch))
             kernels.append(kernel)
             data = b""
             if kernel.interface.params:
-                values = {**dispatch.params, **slots}
-                data = kernel.interface.pack(values, f"{dispatch.node} ({dispatch.kernel})")
+                data = kernel.interface.pack(dispatch.params, f"{dispatch.node} ({dispatch.kernel})")
             if data not in known:
                 known[data] = len(blob)
                 blob += data + bytes(-len(data) % align)
@@ -293,6 +291,12 @@ class Planner:
             raise DeviceError(f"{dispatch.node}: binding {dispatch.kernel} failed: {error}") from error
         self.device.counters.bind_groups += 1
         return group
+
+
+def _live(dispatch: Dispatch) -> dict[str, Live]:
+    """Params and consts that are live scalars, by name (no name is both)."""
+    given = [*dispatch.params.items(), *dispatch.consts.items()]
+    return {name: value for name, value in given if isinstance(value, Live)}
 
 
 def assign(sizes: dict[Storage, int], span: dict[Storage, tuple[int, int]]) -> tuple[dict[Storage, int], list[int]]:

@@ -23,7 +23,6 @@
 @group(0) @binding(5) var<storage, read_write> ml: array<vec2<f32>>;
 
 struct Params {
-    start_pos: u32,
     batch: u32,
     heads: u32,
     group: u32,
@@ -39,8 +38,6 @@ struct Params {
     softcap: f32,
     minus_inf: f32,
     total: u32,
-    splits: u32,
-    split_tile: u32,
     row_tiles: u32,
 }
 @group(0) @binding(6) var<uniform> params: Params;
@@ -126,9 +123,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     if (flat >= params.total) {
         return;
     }
-    let split = flat % params.splits;
-    let pass_index = (flat / params.splits) % PASSES;
-    let part = flat / params.splits / PASSES;
+    let split = flat % SPLITS;
+    let pass_index = (flat / SPLITS) % PASSES;
+    let part = flat / SPLITS / PASSES;
     let tile0 = (part % params.row_tiles) * ROWS;
     let kv_heads = params.heads / params.group;
     let kv_head = (part / params.row_tiles) % kv_heads;
@@ -297,7 +294,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
             }
             let head = kv_head * params.group + n % params.group;
             let result = (b * params.heads + head) * params.rows + n / params.group;
-            partial[(result * params.splits + split) * DV4 + c] = total;
+            partial[(result * SPLITS + split) * DV4 + c] = total;
         }
     }
     if (holds && x == 0u && pass_index == 0u) {
@@ -306,6 +303,6 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
             total += scores[lane + k].y;
         }
         let result = (b * params.heads + h) * params.rows + row;
-        ml[result * params.splits + split] = vec2<f32>(top, total);
+        ml[result * SPLITS + split] = vec2<f32>(top, total);
     }
 }

@@ -36,7 +36,6 @@
 @group(0) @binding(5) var<storage, read_write> out: array<OutVec>; // with SPLIT [row][split][DV4 + 1]: sums, then (top, sum of p)
 
 struct Params {
-    start_pos: u32,
     batch: u32,
     heads: u32,
     group: u32,

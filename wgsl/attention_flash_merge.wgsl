@@ -17,7 +17,6 @@
 @group(0) @binding(2) var<storage, read_write> out: array<OutVec>;
 
 struct Params {
-    start_pos: u32,
     heads: u32,
     group: u32,
     rows: u32,

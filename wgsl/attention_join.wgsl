@@ -8,7 +8,7 @@
 // Where only one split has keys, the kernel before wrote the result itself.
 //
 // Memory traffic: splits * (DV + 2 * BLOCKS * 4) * 4 bytes read, DV elements written a row. At most 64 splits.
-// Unchecked: splits are below params.splits <= 64, columns below DV; rows are the grid's.
+// Unchecked: splits are below SPLITS <= 64, columns below DV; rows are the grid's.
 // Versions: docs/KERNELS.md.
 // Appended: attention_rules.wgsl, attention_splits.wgsl.
 
@@ -18,7 +18,6 @@
 @group(0) @binding(3) var<storage, read_write> out: array<Out>;
 
 struct Params {
-    start_pos: u32,
     heads: u32,
     rows: u32,
     capacity: u32,
@@ -26,8 +25,6 @@ struct Params {
     window: u32,
     o_b: u32, o_s: u32, o_h: u32,
     sinks: u32,
-    splits: u32,
-    split_tile: u32,
 }
 @group(0) @binding(4) var<uniform> params: Params;
 @group(0) @binding(5) var<uniform> live: array<vec4<i32>, 16>;
@@ -37,14 +34,14 @@ const DV4 = DV / 4u;
 const BLOCKS = (DV4 + 15u) / 16u;
 
 fn fetch(base: u32, i: u32, c: u32) -> vec4<f32> {
-    if (i < params.splits && c < DV4) {
+    if (i < SPLITS && c < DV4) {
         return partial[base + i * DV4 + c];
     }
     return vec4<f32>();
 }
 
 fn entry(base: u32, i: u32) -> vec2<f32> {
-    if (i < params.splits) {
+    if (i < SPLITS) {
         return ml[base + i];
     }
     return vec2<f32>();
@@ -69,7 +66,7 @@ fn main(
     let g = lane / 4u;
     let c = (wid.x % BLOCKS) * 16u + (index / 32u) * 4u + lane % 4u;
     let flat = (b * params.heads + h) * params.rows + s;
-    let rows = flat * params.splits;
+    let rows = flat * SPLITS;
     let base = rows * DV4;
     let x0 = fetch(base, g, c);
     let x1 = fetch(base, g + 8u, c);

@@ -8,7 +8,7 @@
 // ALONE: where only one split has keys, the kernel before wrote the result itself.
 //
 // Memory traffic: splits * (DV + 2) * 4 bytes read, DV elements written a row. At most 64 splits.
-// Unchecked: splits are below `used` <= params.splits <= 64, columns below DV, rows are the grid's.
+// Unchecked: splits are below `used` <= SPLITS <= 64, columns below DV, rows are the grid's.
 // Versions: docs/KERNELS.md.
 // Appended: attention_rules.wgsl, attention_splits.wgsl.
 
@@ -18,7 +18,6 @@
 @group(0) @binding(3) var<storage, read_write> out: array<Out>;
 
 struct Params {
-    start_pos: u32,
     heads: u32,
     rows: u32,
     capacity: u32,
@@ -27,19 +26,17 @@ struct Params {
     o_b: u32, o_s: u32, o_h: u32,
     sinks: u32,
     total: u32,
-    splits: u32,
-    split_tile: u32,
 }
 @group(0) @binding(4) var<uniform> params: Params;
 @group(0) @binding(5) var<uniform> live: array<vec4<i32>, 16>;
 
 const LOWEST: f32 = -3.4028234663852886e38;
-const SPLITS = 64u;
-const LANES = max(COLUMNS * SUBS, SPLITS);
+const MOST = 64u; // splits at most
+const LANES = max(COLUMNS * SUBS, MOST);
 const DV4 = (DV + 3u) / 4u;
 
-var<workgroup> tops: array<vec4<f32>, SPLITS / 4u>; // tops, then what each split's partial result is multiplied with
-var<workgroup> sums: array<vec4<f32>, SPLITS / 4u>;
+var<workgroup> tops: array<vec4<f32>, MOST / 4u>; // tops, then what each split's partial result is multiplied with
+var<workgroup> sums: array<vec4<f32>, MOST / 4u>;
 var<workgroup> shares: array<vec4<f32>, COLUMNS * SUBS>;
 
 fn fetch(base: u32, i: u32, used: u32, c: u32) -> vec4<f32> {
@@ -51,7 +48,7 @@ fn fetch(base: u32, i: u32, used: u32, c: u32) -> vec4<f32> {
 
 /// A partial result times its split's factor; what stands in a split without keys does not count.
 fn weighed(x: vec4<f32>, i: u32, used: u32) -> vec4<f32> {
-    let at = min(i, SPLITS - 1u);
+    let at = min(i, MOST - 1u);
     return select(vec4<f32>(), x * tops[at >> 2u][at & 3u], i < used);
 }
 
@@ -77,8 +74,8 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     let column = lane % COLUMNS;
     let sub = lane / COLUMNS;
     let reads = sub < SUBS;
-    let limit = select(0u, params.splits, reads);
-    let base = flat * params.splits * DV4;
+    let limit = select(0u, SPLITS, reads);
+    let base = flat * SPLITS * DV4;
     var low = mat4x4<f32>();
     var high = mat4x4<f32>();
     low[0] = fetch(base, sub, limit, column);
@@ -91,8 +88,8 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     high[3] = fetch(base, sub + 7u * SUBS, limit, column);
 
     var own = vec2<f32>();
-    if (lane < params.splits) {
-        own = ml[flat * params.splits + lane];
+    if (lane < SPLITS) {
+        own = ml[flat * SPLITS + lane];
     }
     // how many splits have keys is known later than the loads above can begin
     let used = used_splits(b);
@@ -102,12 +99,12 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     if (lane >= used) {
         own = vec2<f32>(LOWEST, 0.0);
     }
-    if (lane < SPLITS) {
+    if (lane < MOST) {
         tops[lane >> 2u][lane & 3u] = own.x;
     }
     workgroupBarrier();
     var highest = tops[0];
-    for (var i = 1u; i < SPLITS / 4u; i++) {
+    for (var i = 1u; i < MOST / 4u; i++) {
         highest = max(highest, tops[i]);
     }
     var top = max(max(highest.x, highest.y), max(highest.z, highest.w));
@@ -120,14 +117,14 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
         }
     }
     workgroupBarrier();
-    if (lane < SPLITS) {
+    if (lane < MOST) {
         let weight = select(0.0, exp(own.x - top), lane < used);
         tops[lane >> 2u][lane & 3u] = weight;
         sums[lane >> 2u][lane & 3u] = own.y * weight;
     }
     workgroupBarrier();
     var all = sums[0];
-    for (var i = 1u; i < SPLITS / 4u; i++) {
+    for (var i = 1u; i < MOST / 4u; i++) {
         all += sums[i];
     }
     let sum = extra + total_of(all);

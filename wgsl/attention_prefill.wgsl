@@ -23,7 +23,6 @@
 @group(0) @binding(5) var<storage, read_write> out: array<Out>;
 
 struct Params {
-    start_pos: u32,
     batch: u32,
     heads: u32,
     group: u32,

@@ -2,12 +2,12 @@
 // Which keys a query row may see. Everything that may one day differ between batch rows (keys before the first query, number of
 // query rows) is read through `past_of` and `rows_of` alone.
 //
-// Needs: `live`, params.start_pos (slot), params.rows, params.capacity, params.window (0: none), params.limit (0 causal, 1 prefix, 2 all).
+// Needs: `live`, const START (slot of the keys before the first query), params.rows, params.capacity, params.window (0: none), params.limit (0 causal, 1 prefix, 2 all).
 // These are numbers, not constants of the shader, so that layers with and without a window share one pipeline.
 
 /// Keys in the cache before the first query of batch row b. The host has checked that it is not negative.
 fn past_of(b: u32) -> u32 {
-    return u32(max(live_value(params.start_pos), 0));
+    return u32(max(live_value(START), 0));
 }
 
 /// Query rows of batch row b.

@@ -1,5 +1,5 @@
 // No kernel: how the live length is divided into splits, the same for the kernels that compute splits, those that merge them, and those that
-// write the sizes of their grids; appended to them after attention_rules.wgsl. Needs params.splits (most splits) and params.split_tile (a
+// write the sizes of their grids; appended to them after attention_rules.wgsl. Needs const SPLITS (most splits) and SPLIT_TILE (a
 // split is a multiple of so many keys, but for the last).
 
 /// Keys that any row of batch row b sees.
@@ -8,14 +8,14 @@ fn seen_keys(b: u32) -> u32 {
     return end - min(key_first(b, 0u), end);
 }
 
-/// Keys of one split of batch row b, such that params.splits of them cover every key that any row sees.
+/// Keys of one split of batch row b, such that SPLITS of them cover every key that any row sees.
 fn split_keys(b: u32) -> u32 {
-    let tiles = (seen_keys(b) + params.split_tile - 1u) / params.split_tile;
-    return (tiles + params.splits - 1u) / params.splits * params.split_tile;
+    let tiles = (seen_keys(b) + SPLIT_TILE - 1u) / SPLIT_TILE;
+    return (tiles + SPLITS - 1u) / SPLITS * SPLIT_TILE;
 }
 
 /// Splits that have keys.
 fn used_splits(b: u32) -> u32 {
-    let size = max(split_keys(b), params.split_tile);
+    let size = max(split_keys(b), SPLIT_TILE);
     return (seen_keys(b) + size - 1u) / size;
 }

@@ -27,7 +27,6 @@
 @group(0) @binding(7) var<storage, read_write> out: array<Out>;
 
 struct Params {
-    start_pos: u32,
     batch: u32,
     heads: u32,
     group: u32,
@@ -44,8 +43,6 @@ struct Params {
     softcap: f32,
     minus_inf: f32,
     sinks: u32,
-    splits: u32,
-    split_tile: u32,
 }
 @group(0) @binding(8) var<uniform> params: Params;
 @group(0) @binding(9) var<uniform> live: array<vec4<i32>, 16>;
@@ -312,7 +309,7 @@ fn store(at: vec2<u32>, b: u32, split: u32, c: u32, alone: bool, x: vec4<f32>, t
         out[((b * params.o_b + at.x * params.o_s + at.y * params.o_h) >> 2u) + c] = Out(x * norm);
         return;
     }
-    let result = ((b * params.heads + at.y) * params.rows + at.x) * params.splits + split;
+    let result = ((b * params.heads + at.y) * params.rows + at.x) * SPLITS + split;
     partial[result * DV4 + c] = x;
     if (c == 0u) {
         ml[result] = vec2<f32>(top, sum);

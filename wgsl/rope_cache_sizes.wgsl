@@ -39,8 +39,6 @@ struct Params {
     batch: u32,
     limit: u32,
     window: u32,
-    splits: u32,
-    split_tile: u32,
     split_grid: vec4<u32>,
     merge_grid: vec4<u32>,
 }

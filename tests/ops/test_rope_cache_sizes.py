@@ -17,7 +17,7 @@ from tests.ops.test_rope_cache import Array, Case, layer
 
 def direct(grid: tuple[int, ...], merge: tuple[int, ...], split: Dispatch, seen: int) -> list[int]:
     """The words of `sizes` for `seen` keys, by the formulas of attention_splits.wgsl, from the direct dispatches."""
-    most, tile = int(str(split.params["splits"])), int(str(split.params["split_tile"]))
+    most, tile = int(str(split.consts["SPLITS"])), int(str(split.consts["SPLIT_TILE"]))
     tiles = -(-seen // tile)
     size = -(-tiles // most) * tile
     used = -(-seen // size) if size else 0
@@ -68,7 +68,7 @@ def test_grids_are_those_of_the_live_length(name: str) -> None:
             assert sizes.tolist() == wanted, position
             counts.add(wanted[0])
         most = max(seen_keys(case, rows, position) for position in range(200 - rows + 1))
-        assert (max(counts) > 1) == (most > int(str(split.params["split_tile"])))
+        assert (max(counts) > 1) == (most > int(str(split.consts["SPLIT_TILE"])))
         assert split.grid[0] >= max(counts)
 
 
@@ -94,8 +94,10 @@ def test_both_operators_agree_on_any_device(rows: int, case: Case, subgroup: int
             assert dispatch.indirect == rope.outputs[3]
             assert dispatch.indirect_word == word
             assert move.params[grid] == (*dispatch.grid, 0)
-            for name in ("splits", "split_tile", "limit", "window", "capacity", "start_pos"):
+            for name in ("limit", "window", "capacity"):
                 assert dispatch.params[name] == move.params[name], name
+            for name in ("START", "SPLITS", "SPLIT_TILE"):
+                assert dispatch.consts[name] == move.consts[name], name
 
 
 @pytest.mark.parametrize(
