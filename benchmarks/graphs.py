@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from executorch_webgpu.backend.graph import Arg, Dim, Graph, Node, Ref, Sym, SymbolRange, Value
+from executorch_webgpu.backend.passes import Pass, fuse_projections, fuse_rope_cache
+from executorch_webgpu.backend.passes.cleanup import remove_unused
 from executorch_webgpu.backend.passes.storage import assign_storage
 from executorch_webgpu.ops.base import Dispatch, check_node
 from executorch_webgpu.runtime import native
@@ -69,8 +71,8 @@ class Builder:
         self.nodes.append(Node(op, dict(args), (out.value,), f"{op}_{len(self.nodes)}"))
         return out
 
-    def graph(self, *outputs: Ref, symbols: Sequence[SymbolRange] = ()) -> Graph:
-        """The graph, checked as the partitioner checks it, with storage assigned.
+    def graph(self, *outputs: Ref, symbols: Sequence[SymbolRange] = (), passes: Sequence[Pass] = ()) -> Graph:
+        """The graph after these passes, checked as the partitioner checks it, with storage assigned.
 
         Raises:
             UnsupportedError: an operator refuses its arguments; says why.
@@ -78,6 +80,8 @@ class Builder:
         graph = Graph(
             tuple(self.values), tuple(self.nodes), tuple(self.inputs), outputs, tuple(self.mutations), tuple(symbols)
         )
+        for apply in passes:
+            graph = remove_unused(apply(graph))
         for node in graph.nodes:
             reason = check_node(graph, node)
             if reason is not None:
@@ -311,7 +315,7 @@ class DecoderSizes:
 
 
 def decoder(device: Device, sizes: DecoderSizes) -> Loaded:
-    """A decoder of the records that an export of Llama becomes, with random weights.
+    """A decoder of the records that an export of Llama becomes, with random weights, after the passes that apply to it.
 
     Inputs: tokens i64[1, S] and the position of the first, i64[1]; output: logits of the last token [1, vocabulary].
     """
@@ -376,4 +380,4 @@ def decoder(device: Device, sizes: DecoderSizes) -> Loaded:
     last = b.node("aten.select_copy.int", {"self": x, "dim": 1, "index": -1}, kind, (1, sizes.dim))
     logits = linear(norm(last, "norm", (1,)), sizes.vocabulary, sizes.dim, "output", (1,))
     symbols = (SymbolRange(rows, 1, sizes.capacity),)
-    return Loaded(device, b, b.graph(logits, symbols=symbols))
+    return Loaded(device, b, b.graph(logits, symbols=symbols, passes=(fuse_projections, fuse_rope_cache)))

@@ -14,6 +14,7 @@ from math import prod
 
 from ..backend.graph import Arg, Dim, Graph, Node, Ref, Value
 from .base import Dispatch, Lower, Lowering, Param, Supports, register
+from .gemv_stream import Projection, Tensor, fits, stream
 
 FLOATS = ("f32", "f16", "bf16")
 MAX_RANK = 6
@@ -308,9 +309,33 @@ def tiled(ctx: Lowering, p: Product) -> Iterator[Dispatch]:
     yield Dispatch("matmul_tiled", bindings, params, ctx.fold_grid(total), consts=consts, types=types)
 
 
+def projection(p: Product) -> Projection | None:
+    """A product in the form of gemv_stream.wgsl, None where it has none. A bias is a row, or a whole result to add."""
+    if p.batch != 1 or not p.b_nk or p.alpha != 1 or (p.bias is not None and p.beta != 1):
+        return None
+    bias = None if p.bias is None else Tensor(p.bias, p.bias_type)
+    row = p.bias_col == 1 and (p.bias_row == 0 or p.m == 1)
+    if bias is not None and not row and (p.bias_row, p.bias_col) != (p.n, 1):
+        return None
+    return Projection(
+        Tensor(p.a, p.a_type),
+        p.m,
+        p.k,
+        (Tensor(p.b, p.b_type),),
+        (p.n,),
+        (Tensor(p.out, p.out_type),),
+        bias=bias if row else None,
+        residual=None if row else bias,
+    )
+
+
 def dispatch(ctx: Lowering, p: Product) -> Iterator[Dispatch]:
     """The product by the kernel that suits its sizes; nothing where the result has no elements."""
     if p.batch * p.m * p.n == 0:
+        return
+    streamed = projection(p)
+    if p.k > NAIVE_K and streamed is not None and fits(ctx.limits, streamed):
+        yield from stream(ctx, streamed)
         return
     kernel = naive if p.k <= NAIVE_K else gemv if p.m <= GEMV_M else tiled
     yield from kernel(ctx, p)

@@ -13,6 +13,7 @@ from .attention import canonical_attention, peel_attention
 from .cleanup import cancel_permutes, merge_equal_nodes, remove_unused
 from .linear import fuse_linear, fuse_swiglu
 from .norm import fuse_rms_norm
+from .project import fuse_projections
 from .rope_cache import fuse_rope_cache
 from .rotary import fuse_rope
 from .storage import assign_storage
@@ -25,6 +26,7 @@ OPTIONAL: Mapping[str, Pass] = {
     "fuse_rms_norm": fuse_rms_norm,
     "fuse_rope": fuse_rope,
     "fuse_swiglu": fuse_swiglu,
+    "fuse_projections": fuse_projections,
     "cancel_permutes": cancel_permutes,
     "peel_attention": peel_attention,
     "fuse_rope_cache": fuse_rope_cache,

@@ -131,7 +131,7 @@ def test_one_split_at_most_has_fixed_grids() -> None:
         made(made.inputs(1, 0), 3)
         (launch,) = made.launches("attention_stream")
         assert launch.indirect is None
-        assert not made.launches("attention_merge")
+        assert not made.launches(MERGE)
 
 
 @pytest.mark.parametrize("on", DEVICES)
