@@ -393,10 +393,10 @@ def test_more_workgroups_than_a_dimension_holds(
 
 
 def test_routing_by_size() -> None:
-    """One row reads the weight by gemv, many go through tiles; a batch over one weight is one tall product."""
+    """Few rows read the weight by gemv, many go through tiles; a batch over one weight is one tall product."""
 
     def kernels(
-        a_shape: tuple[Any, ...], b_shape: tuple[Any, ...], op: str, names: tuple[str, str]
+        a_shape: tuple[Any, ...], b_shape: tuple[Any, ...], op: str, names: tuple[str, str], on: str = "full"
     ) -> list[tuple[str, Any]]:
         b = GraphBuilder()
         refs = [b.input("f32", a_shape), b.input("f32", b_shape)]
@@ -405,11 +405,15 @@ def test_routing_by_size() -> None:
         graph = b.graph(out)
         found = find(op)
         assert found is not None
-        ctx = Lowering(graph, device("full").limits, lambda s: 0)
+        ctx = Lowering(graph, device(on).limits, lambda s: 0)
         return [(d.kernel, d.params["m"]) for d in found.lower(ctx, graph.nodes[0])]
 
     names = ("input", "weight")
-    assert kernels((1, 1, 256), (512, 256), "aten.linear.default", names) == [("gemv_nk", 1)]
+    assert kernels((1, 1, 256), (512, 256), "aten.linear.default", names) == [("gemv_stream", 1)]
+    assert kernels((2, 4, 20), (512, 20), "aten.linear.default", names) == [("gemv_stream", 8)]
+    assert kernels((1, 1, 256), (512, 256), "aten.linear.default", names, "default-limits") == [("gemv_nk", 1)]
+    assert kernels((1, 9, 256), (512, 256), "aten.linear.default", names) == [("gemv_nk", 9)]
+    assert kernels((1, 1, 254), (512, 254), "aten.linear.default", names) == [("gemv_nk", 1)]
     assert kernels((1, 512, 256), (512, 256), "aten.linear.default", names) == [("matmul_tiled", 512)]
     assert kernels((4, 100, 256), (512, 256), "aten.linear.default", names) == [("matmul_tiled", 400)]
     assert kernels((2, 4, 256), (256, 512), "aten.matmul.default", ("self", "other")) == [("gemv_kn", 8)]

@@ -1,0 +1,219 @@
+"""`webgpu.project`: the projections of a decoder layer with what stands before and after them.
+
+Arguments:
+    input: [.., M, K] of any rank from 1; float32, float16 or bfloat16.
+    weights: one to three values [N_i, K].
+    biases: for each weight a value [N_i] or None; or None.
+    norm_eps: a number: RMSNorm over K of the input goes first, as `webgpu.rms_norm` computes it. None: no norm.
+    norm_weight: its weight [K], or None.
+    residual: a value of the result's shape that is added last, or None; with one weight, or gated.
+    gated: the weights are two, gate and up, of one size; the result is silu(x gate^T + bias) * (x up^T + bias), plus
+        the residual.
+
+Results: [.., M, N_i] for each weight, or one where gated.
+
+For few rows on a device with subgroups all of it is one dispatch of gemv_stream.wgsl or gemv_stream_siblings.wgsl:
+weights are read once and nothing in between goes to memory. Biases of several weights do not fit its bindings: each
+is a dispatch of its own then, norm included. Other sizes and devices get the operators that the node stands for, one
+by one. The fused norm multiplies the sums by 1 / sqrt(mean(x^2) + eps) instead of the elements: equal but for the
+last bits, and for rows whose products before the norm pass float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..backend.graph import Arg, Dim, Graph, Node, Ref, Value
+from .base import Dispatch, Lowering, find, register
+from .gemv_stream import Projection, Tensor, fits, stream
+
+NAME = "webgpu.project"
+FLOATS = ("f32", "f16", "bf16")
+MAX_WEIGHTS = 3
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The arguments, with their types."""
+
+    input: Ref
+    weights: tuple[Ref, ...]
+    biases: tuple[Ref | None, ...]
+    norm_weight: Ref | None
+    norm_eps: float | None
+    residual: Ref | None
+    gated: bool
+
+
+def _optional(node: Node, name: str) -> Ref | None:
+    found = node.args.get(name)
+    if found is not None and not isinstance(found, Ref):
+        raise ValueError(f"{name} is {found!r}, not a value")
+    return found
+
+
+def parts(node: Node) -> Parts:
+    """The arguments of a node; ValueError where one has a wrong type."""
+    source, weights, eps = node.args["input"], node.args["weights"], node.args.get("norm_eps")
+    if not isinstance(source, Ref) or not isinstance(weights, tuple):
+        raise ValueError("input is no value, or weights is no list of values")
+    refs = tuple(weight for weight in weights if isinstance(weight, Ref))
+    biases = node.args.get("biases") or (None,) * len(weights)
+    found = tuple(bias for bias in biases if isinstance(bias, Ref | None)) if isinstance(biases, tuple) else ()
+    if len(refs) != len(weights) or len(found) != len(refs):
+        raise ValueError("weights are no list of values, or there is not one bias, or None, for each of them")
+    if eps is not None and (isinstance(eps, bool) or not isinstance(eps, int | float)):
+        raise ValueError("norm_eps is not a number known at export")
+    gated = node.args.get("gated", False)
+    if not isinstance(gated, bool):
+        raise ValueError("gated is not a literal bool")
+    norm = _optional(node, "norm_weight")
+    return Parts(source, refs, found, norm, None if eps is None else float(eps), _optional(node, "residual"), gated)
+
+
+def expanded(graph: Graph, node: Node, first: int) -> tuple[list[Value], list[Node]]:
+    """The operators that a node stands for, and the values between them, whose indices begin at `first`."""
+    p = parts(node)
+    values: list[Value] = []
+    nodes: list[Node] = []
+    shape, dtype = graph.value(p.input).shape, graph.values[node.outputs[0]].dtype
+
+    def between(dims: tuple[Dim, ...]) -> int:
+        values.append(Value("temp", dtype, dims, f"{node.name}.{len(values)}"))
+        return first + len(values) - 1
+
+    def make(op: str, args: dict[str, Arg], output: int) -> Ref:
+        nodes.append(Node(op, args, (output,), node.name))
+        return Ref(output)
+
+    x = p.input
+    if p.norm_eps is not None:
+        args: dict[str, Arg] = {"input": x, "weight": p.norm_weight, "eps": p.norm_eps}
+        x = make("webgpu.rms_norm", args, between(shape))
+    sums: list[Ref] = []
+    for i, (weight, bias) in enumerate(zip(p.weights, p.biases, strict=True)):
+        last = not p.gated and p.residual is None
+        size = graph.value(weight).shape[0]
+        output = node.outputs[i] if last else between((*shape[:-1], size))
+        args = {"input": x, "weight": weight, "bias": bias}
+        sums.append(make("aten.linear.default", args, output))
+    if p.gated:
+        output = node.outputs[0] if p.residual is None else between(graph.values[node.outputs[0]].shape)
+        sums = [make("webgpu.swiglu", {"gate": sums[0], "up": sums[1]}, output)]
+    if p.residual is not None:
+        make("aten.add.Tensor", {"self": sums[0], "other": p.residual, "alpha": 1}, node.outputs[0])
+    return values, nodes
+
+
+def supports(graph: Graph, node: Node) -> str | None:
+    """What the operators that the node stands for support, and sizes that agree."""
+    try:
+        p = parts(node)
+    except ValueError as error:
+        return str(error)
+    if not 1 <= len(p.weights) <= MAX_WEIGHTS:
+        return f"{len(p.weights)} weights; one to {MAX_WEIGHTS} are supported"
+    if p.gated and len(p.weights) != 2:
+        return f"gated with {len(p.weights)} weights; it takes two"
+    if len(node.outputs) != (1 if p.gated else len(p.weights)):
+        return f"{len(node.outputs)} results for {len(p.weights)} weights"
+    if p.residual is not None and len(node.outputs) > 1:
+        return "a residual to several results"
+    if p.norm_eps is None and p.norm_weight is not None:
+        return "norm_weight without norm_eps"
+    source = graph.value(p.input)
+    if not source.shape:
+        return "the input is a scalar"
+    for i, weight in enumerate(p.weights):
+        shape = graph.value(weight).shape
+        if len(shape) != 2:
+            return f"weight {list(shape)} is no matrix"
+        out = graph.values[node.outputs[0 if p.gated else i]]
+        if out.shape != (*source.shape[:-1], shape[0]):
+            return f"the result {list(out.shape)} does not fit input {list(source.shape)} and weight {list(shape)}"
+        bias = p.biases[i]
+        if bias is not None and graph.value(bias).shape != shape[:1]:
+            return f"bias {list(graph.value(bias).shape)} does not fit weight {list(shape)}"
+    if p.residual is not None:
+        residual, out = graph.value(p.residual), graph.values[node.outputs[0]]
+        if (residual.shape, residual.dtype) != (out.shape, out.dtype):
+            return (
+                f"residual {residual.dtype}{list(residual.shape)} differs from the result {out.dtype}{list(out.shape)}"
+            )
+    values, nodes = expanded(graph, node, len(graph.values))
+    whole = replace(graph, values=graph.values + tuple(values))
+    for inner in nodes:
+        op = find(inner.op)
+        reason = f"no operator {inner.op}" if op is None else op.supports(whole, inner)
+        if reason is not None:
+            return reason
+    return None
+
+
+def projection(ctx: Lowering, node: Node) -> Projection:
+    """The node in numbers."""
+    p = parts(node)
+
+    def tensor(ref: Ref) -> Tensor:
+        return Tensor(ref.value, ctx.wgsl_type(ref))
+
+    def optional(ref: Ref | None) -> Tensor | None:
+        return None if ref is None else tensor(ref)
+
+    *_, k = ctx.shape(p.input)
+    return Projection(
+        tensor(p.input),
+        ctx.numel(p.input) // k if k else 0,
+        k,
+        tuple(tensor(weight) for weight in p.weights),
+        tuple(ctx.shape(weight)[0] for weight in p.weights),
+        tuple(tensor(ctx.out(node, i)) for i in range(len(node.outputs))),
+        p.norm_eps,
+        optional(p.norm_weight),
+        p.gated,
+        optional(p.biases[0]) if len(p.weights) == 1 else None,
+        optional(p.residual),
+    )
+
+
+def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
+    """See the module's docstring."""
+    p, found = parts(node), projection(ctx, node)
+    several = len(p.weights) > 1 and any(bias is not None for bias in p.biases)
+    if not fits(ctx.limits, found) or (several and p.gated):
+        yield from _one_by_one(ctx, node)
+        return
+    if not several:
+        yield from stream(ctx, found)
+        return
+    for i, bias in enumerate(p.biases):
+        alone = replace(
+            found, weights=found.weights[i : i + 1], sizes=found.sizes[i : i + 1], outs=found.outs[i : i + 1]
+        )
+        bound = None if bias is None else Tensor(bias.value, ctx.wgsl_type(bias))
+        yield from stream(ctx, replace(alone, bias=bound))
+
+
+def _one_by_one(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
+    """The operators that the node stands for, with scratch values between them."""
+    whole, first = ctx.graph, len(ctx.graph.values)
+    values, nodes = expanded(whole, node, first)
+    for number, value in enumerate(values):
+        count = 1
+        for dim in value.shape:
+            count *= ctx.int(dim)
+        if ctx.scratch("f32", count) != first + number:
+            raise RuntimeError(f"{node.name}: scratch values were taken before")
+    ctx.graph = replace(whole, values=whole.values + tuple(values))  # what the other operators look shapes up in
+    try:
+        for inner in nodes:
+            op = find(inner.op)
+            if op is None:
+                raise RuntimeError(f"{node.name}: no operator {inner.op}")
+            yield from op.lower(ctx, inner)
+    finally:
+        ctx.graph = whole
+
+
+register(NAME, supports=supports, lower=lower)
