@@ -14,7 +14,6 @@ from tests.harness import DEVICES, GraphBuilder, device
 from tests.ops.copy_cases import poison
 from tests.ops.test_rope_cache import Array, Case, layer
 
-
 MERGE = "attention_join" if device("full").limits.subgroup_size >= 32 else "attention_merge"
 """The kernel that follows the splits on the device with all limits."""
 
