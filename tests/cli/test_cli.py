@@ -210,7 +210,8 @@ def test_inspect_as_json(files: Files) -> None:
     assert found["named_data"] == {"count": 6, "data_bytes": weights}
     assert delegate["values"]["mutable"]["bytes"] == 2 * tiny_decoder.CAPACITY * tiny_decoder.HEAD * 4
     assert delegate["values"]["input"]["bytes"] == (tiny_decoder.LONGEST + 1) * 8
-    assert delegate["nodes"]["aten.linear.default"] == 4
+    assert delegate["nodes"]["webgpu.project"] == 1  # query, key and value
+    assert delegate["nodes"]["aten.linear.default"] == 1
     assert delegate["missing_data"] == []
     assert "graph" not in delegate
 
