@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from executorch_webgpu.backend.graph import Graph, Node, Ref, Sym, make_dim
-from executorch_webgpu.ops import matmul
+from executorch_webgpu.ops import matmul, product
 from executorch_webgpu.ops.base import Dispatch, Lower, Lowering, check_node, find, register
 from executorch_webgpu.runtime.host import bf16_to_f32, f32_to_bf16
 from tests.harness import DEVICES, GraphBuilder, device, run
@@ -79,11 +79,11 @@ def linear(
 
 # -- every kernel by force
 
-Kernel = Callable[[Lowering, matmul.Product], Iterator[Dispatch]]
+Kernel = Callable[[Lowering, product.Product], Iterator[Dispatch]]
 KERNELS: dict[str, Kernel] = {
     "naive": matmul.naive,
     "gemv": matmul.gemv,
-    "tiled": matmul.tiled,
+    "tiles": matmul.tiles,
 }
 
 
@@ -97,7 +97,7 @@ def _force(kernel: Kernel) -> Lower:
 def _force_baddbmm(kernel: Kernel) -> Lower:
     def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         return kernel(
-            ctx, matmul.make_product(ctx, node, node.args["batch1"], node.args["batch2"], bias=node.args["self"])
+            ctx, product.make_product(ctx, node, node.args["batch1"], node.args["batch2"], bias=node.args["self"])
         )
 
     return lower
@@ -105,7 +105,7 @@ def _force_baddbmm(kernel: Kernel) -> Lower:
 
 def _force_matmul(kernel: Kernel) -> Lower:
     def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
-        return kernel(ctx, matmul.make_product(ctx, node, node.args["self"], node.args["other"]))
+        return kernel(ctx, product.make_product(ctx, node, node.args["self"], node.args["other"]))
 
     return lower
 
@@ -128,7 +128,7 @@ SIZES = (
 @pytest.mark.parametrize("kernel", [*KERNELS, "routed"])
 def test_sizes(kernel: str, nk: bool, on: str) -> None:
     op = "webgpu.linear" if kernel == "routed" else f"test.linear_{kernel}"
-    for i, (m, n, k) in enumerate(SIZES):
+    for i, (m, n, k) in enumerate(SIZES[1::3] if kernel == "tiles" else SIZES):  # the rest is in test_gemm.py
         linear(on, op, m, n, k, bias=i % 2 == 0, nk=nk)
 
 
@@ -146,7 +146,7 @@ MIXES = (
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_dtypes(kernel: str, on: str) -> None:
     for i, mix in enumerate(MIXES):
-        for m, n, k in ((3, 12, 24), (9, 7, 13)):
+        for m, n, k in ((9, 7, 13),) if kernel == "tiles" else ((3, 12, 24), (9, 7, 13)):
             linear(on, f"test.linear_{kernel}", m, n, k, mix, nk=i % 2 == 0)
             linear(on, f"test.linear_{kernel}", m, n, k, mix, nk=i % 2 == 1, bias=False)
 
@@ -163,10 +163,9 @@ def test_kernels_agree_on_large_columns(nk: bool, on: str) -> None:
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("nk", [True, False], ids=["nk", "kn"])
 def test_large_tiles(nk: bool, on: str) -> None:
-    """More than 256 tiles of 64 x 64, and of 128 x 64."""
-    linear(on, "test.linear_tiled", 61, 64 * 260 + 3, 18, nk=nk)
-    linear(on, "test.linear_tiled", 64 * 130 + 4, 68, 5, bias=False, nk=nk)
-    linear(on, "test.linear_tiled", 128 * 130 + 69, 68, 19, nk=nk)
+    """As many tiles of 128 x 128 as a large GPU runs at once, and more of 64 x 64."""
+    linear(on, "test.linear_tiles", 128 * 128 + 69, 131, 19, nk=nk)
+    linear(on, "test.linear_tiles", 61, 64 * 260 + 3, 18, bias=False, nk=nk)
 
 
 @pytest.mark.parametrize("on", DEVICES)
@@ -214,8 +213,8 @@ MATMUL = (
 @pytest.mark.parametrize("kernel", ["routed", *KERNELS])
 def test_matmul_shapes(kernel: str, on: str) -> None:
     for a_shape, b_shape, out_shape in MATMUL:
-        if 0 in out_shape and kernel != "routed":
-            continue  # the routing makes no dispatch of these
+        if (0 in out_shape and kernel != "routed") or (0 in a_shape and kernel == "tiles"):
+            continue  # the routing makes no dispatch of these, and none by tiles where K is 0
         a, b = random("f32", a_shape), random("f32", b_shape)
         case = Case()
         args = {"self": case.tensor("f32", a), "other": case.tensor("f32", b)}
@@ -374,15 +373,13 @@ MANY = (
     ("naive", "full", (2100, 1), (1, 2003)),
     ("gemv", "default-limits", (65539, 1, 17), (65539, 17, 1)),
     ("gemv", "full", (65539, 1, 1), (65539, 1, 2)),
-    ("tiled", "default-limits", (65539, 1, 0), (65539, 0, 1)),
 )
 
 
-@pytest.mark.parametrize(("kernel", "on", "a_shape", "b_shape"), MANY, ids=["naive", "gemv-nk", "gemv-kn", "tiled"])
+@pytest.mark.parametrize(("kernel", "on", "a_shape", "b_shape"), MANY, ids=["naive", "gemv-nk", "gemv-kn"])
 def test_more_workgroups_than_a_dimension_holds(
     kernel: str, on: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
 ) -> None:
-    """The bias tells the batches apart where K is 0 (which keeps the tiled kernel cheap)."""
     a, b = random("f32", a_shape), random("f32", b_shape)
     c = random("f32", (*a_shape[:-2], 1, 1))
     case = Case()
@@ -406,16 +403,16 @@ def test_routing_by_size() -> None:
         found = find(op)
         assert found is not None
         ctx = Lowering(graph, device(on).limits, lambda s: 0)
-        return [(d.kernel, d.params["m"]) for d in found.lower(ctx, graph.nodes[0])]
+        return [(d.kernel, d.params.get("m")) for d in found.lower(ctx, graph.nodes[0])]
 
     names = ("input", "weight")
     assert kernels((1, 1, 256), (512, 256), "aten.linear.default", names) == [("gemv_stream", 1)]
     assert kernels((2, 4, 20), (512, 20), "aten.linear.default", names) == [("gemv_stream", 8)]
     assert kernels((1, 1, 256), (512, 256), "aten.linear.default", names, "default-limits") == [("gemv_nk", 1)]
-    assert kernels((1, 9, 256), (512, 256), "aten.linear.default", names) == [("gemv_nk", 9)]
+    assert kernels((1, 9, 256), (512, 256), "aten.linear.default", names) == [("gemm", 9), ("gemm_merge", None)]
     assert kernels((1, 1, 254), (512, 254), "aten.linear.default", names) == [("gemv_nk", 1)]
-    assert kernels((1, 512, 256), (512, 256), "aten.linear.default", names) == [("matmul_tiled", 512)]
-    assert kernels((4, 100, 256), (512, 256), "aten.linear.default", names) == [("matmul_tiled", 400)]
+    assert kernels((1, 512, 256), (512, 256), "aten.linear.default", names) == [("gemm", 512), ("gemm_merge", None)]
+    assert kernels((4, 100, 256), (512, 256), "aten.linear.default", names) == [("gemm", 400), ("gemm_merge", None)]
     assert kernels((2, 4, 256), (256, 512), "aten.matmul.default", ("self", "other")) == [("gemv_kn", 8)]
     assert kernels((16, 1), (1, 512), "aten.mm.default", ("self", "mat2")) == [("matmul_naive", 16)]
 

@@ -1,0 +1,27 @@
+// No kernel: how `gemm` reads weights of any type in rows of any number of elements, one by one; appended to it. WCell is the element type.
+// Needs params, GATED. What a loader gives is said where 16-bit floats are read.
+
+fn weight_element(which: u32, at: u32, row: u32, i: u32) -> f32 {
+    if (i < params.w_row) {
+        let here = at + row * params.w_row + i;
+        if (GATED && which == 1u) {
+            return f32(w1[here]);
+        }
+        return f32(w0[here]);
+    }
+    return 0.0;
+}
+
+fn weight_cell(which: u32, at: u32, row: u32, quad: u32) -> vec4<u32> {
+    let i = 4u * quad;
+    return bitcast<vec4<u32>>(vec4<f32>(
+        weight_element(which, at, row, i),
+        weight_element(which, at, row, i + 1u),
+        weight_element(which, at, row, i + 2u),
+        weight_element(which, at, row, i + 3u),
+    ));
+}
+
+fn weight_values(cell: vec4<u32>) -> vec4<f32> {
+    return bitcast<vec4<f32>>(cell);
+}

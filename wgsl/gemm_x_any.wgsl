@@ -1,0 +1,20 @@
+// No kernel: how `gemm` reads rows of x of any type and number of columns, element by element; appended to it. XCell is the element type.
+// Needs params.
+
+fn x_element(at: u32, row: u32, k: u32) -> f32 {
+    if (k < params.k) {
+        return f32(x[at + row * params.x_row + k]);
+    }
+    return 0.0;
+}
+
+fn x_cell(at: u32, row: u32, quad: u32) -> vec4<u32> {
+    let k = 4u * quad;
+    return bitcast<vec4<u32>>(vec4<f32>(
+        x_element(at, row, k), x_element(at, row, k + 1u), x_element(at, row, k + 2u), x_element(at, row, k + 3u),
+    ));
+}
+
+fn x_values(cell: vec4<u32>) -> vec4<f32> {
+    return bitcast<vec4<f32>>(cell);
+}
