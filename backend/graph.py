@@ -17,10 +17,14 @@ FORMAT_VERSION = 1
 FREE_OPS = ("input_dim", "scalar")
 ARITHMETIC_OPS = ("add", "sub", "mul", "floordiv", "mod", "min", "max")
 
-DTYPES = ("f32", "f16", "bf16", "f64", "i64", "i32", "i16", "i8", "u8", "bool")
+DTYPES = ("f32", "f16", "bf16", "f64", "i64", "i32", "u32", "i16", "i8", "u8", "bool")
+"""`u32` is internal: words of packed weights (`ops/packed.py`); no operator of an export takes or gives it."""
+
 FLOATS = frozenset(("f32", "f16", "bf16", "f64"))
 INTEGERS = frozenset(("i64", "i32", "i16", "i8", "u8"))
-ITEM_SIZE = {"f32": 4, "f16": 2, "bf16": 2, "f64": 8, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
+ITEM_SIZE = {
+    "f32": 4, "f16": 2, "bf16": 2, "f64": 8, "i64": 8, "i32": 4, "u32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1,
+}  # fmt: skip
 """Bytes per element as the host and the file see it (the GPU may store an element wider)."""
 
 

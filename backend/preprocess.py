@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from executorch.exir._serialize._named_data_store import NamedDataStore
@@ -15,8 +16,9 @@ from torch.export import ExportedProgram
 from ..ops.base import check_node
 from .graph import Graph
 from .passes import run_passes
+from .passes.quantized import ORIGIN
 from .serialize import serialize
-from .translate import Translation, translate
+from .translate import DTYPES, Translation, translate
 
 BACKEND_ID = "WebGPUBackend"
 DISABLED_PASSES = "disabled_passes"
@@ -54,8 +56,35 @@ def lower(program: ExportedProgram, specs: Iterable[CompileSpec] = ()) -> Lowere
             problems.append(f"{node.name} ({node.op}): {reason}")
     if problems:
         raise NotDelegable("this subgraph cannot run on WebGPU:\n  " + "\n  ".join(problems))
-    graph = run_passes(translation.graph, [n for n in options.get(DISABLED_PASSES, "").split(",") if n])
+    disabled = [n for n in options.get(DISABLED_PASSES, "").split(",") if n]
+    graph = run_passes(translation.graph, disabled, _Constants(translation.tensors))
     return _with_content_keys(graph, translation, options.get(EXTERNAL_TAG) or None)
+
+
+class _Constants(MutableMapping[str, tuple[str, Any]]):
+    """What passes see of the tensors: numpy arrays, bfloat16 as float32 values."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, key: str) -> tuple[str, Any]:
+        tensor = self._tensors[key].detach().cpu().contiguous()
+        wide = tensor.float() if tensor.dtype is torch.bfloat16 else tensor
+        return DTYPES[tensor.dtype], wide.numpy()
+
+    def __setitem__(self, key: str, content: tuple[str, Any]) -> None:
+        """Words are kept as int32, which has the same bytes."""
+        _, array = content
+        self._tensors[key] = torch.from_numpy(array.view("<i4"))
+
+    def __delitem__(self, key: str) -> None:
+        del self._tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _with_content_keys(graph: Graph, translation: Translation, tag: str | None) -> Lowered:
@@ -72,7 +101,8 @@ def _with_content_keys(graph: Graph, translation: Translation, tag: str | None) 
             )
         tensor = translation.tensors[value.data].detach().cpu().contiguous()
         key = content_key(tensor)
-        placeholder = next((p for p in translation.placeholders.values() if p.name == value.data), None)
+        origin = value.data.partition(ORIGIN)[0]  # packed weights go where their integers were told to go
+        placeholder = next((p for p in translation.placeholders.values() if p.name == origin), None)
         custom = (placeholder.meta.get("custom") or {}) if placeholder is not None else {}
         tensors[key] = tensor
         tags[key] = custom.get("delegate_constant_tag", tag) if value.kind == "constant" else None

@@ -2,7 +2,8 @@
 
 Arguments:
     input: [.., M, K] of any rank from 1; float32, float16 or bfloat16.
-    weights: one to three values [N_i, K].
+    weights: one to three values [N_i, K], or packed ones.
+    formats: for each weight the literal of its `Format` where it is packed (`packed.py`), else None; or None.
     biases: for each weight a value [N_i] or None; or None.
     norm_eps: a number: RMSNorm over K of the input goes first, as `webgpu.rms_norm` computes it. None: no norm.
     norm_weight: its weight [K], or None.
@@ -14,9 +15,10 @@ Results: [.., M, N_i] for each weight, or one where gated.
 
 For few rows on a device with subgroups all of it is one dispatch of gemv_stream.wgsl or gemv_stream_siblings.wgsl:
 weights are read once and nothing in between goes to memory. Biases of several weights do not fit its bindings: each
-is a dispatch of its own then, norm included. Other sizes and devices get the operators that the node stands for, one
-by one. The fused norm multiplies the sums by 1 / sqrt(mean(x^2) + eps) instead of the elements: equal but for the
-last bits, and for rows whose products before the norm pass float32.
+is a dispatch of its own then, norm included. Many rows go through tiles (`gemm.py`), after a norm of its own. Other
+sizes and devices get the operators that the node stands for, one by one. The fused norm multiplies the sums by
+1 / sqrt(mean(x^2) + eps) instead of the elements: equal but for the last bits, and for rows whose products before the
+norm pass float32.
 """
 
 from __future__ import annotations
@@ -26,7 +28,12 @@ from dataclasses import dataclass, replace
 
 from ..backend.graph import Arg, Dim, Graph, Node, Ref, Value
 from .base import Dispatch, Lowering, find, register
+from .gemm import gemm, takes
 from .gemv_stream import Projection, Tensor, fits, stream
+from .linear_packed import NAME as PACKED
+from .linear_packed import check_weight
+from .matmul import GEMV_M, NAIVE_K
+from .packed import Format, format_of
 
 NAME = "webgpu.project"
 FLOATS = ("f32", "f16", "bf16")
@@ -39,6 +46,7 @@ class Parts:
 
     input: Ref
     weights: tuple[Ref, ...]
+    formats: tuple[Format | None, ...]
     biases: tuple[Ref | None, ...]
     norm_weight: Ref | None
     norm_eps: float | None
@@ -63,13 +71,17 @@ def parts(node: Node) -> Parts:
     found = tuple(bias for bias in biases if isinstance(bias, Ref | None)) if isinstance(biases, tuple) else ()
     if len(refs) != len(weights) or len(found) != len(refs):
         raise ValueError("weights are no list of values, or there is not one bias, or None, for each of them")
+    given = node.args.get("formats") or (None,) * len(weights)
+    if not isinstance(given, tuple) or len(given) != len(refs):
+        raise ValueError("there is not one format, or None, for each weight")
+    formats = tuple(None if form is None else format_of(form) for form in given)
     if eps is not None and (isinstance(eps, bool) or not isinstance(eps, int | float)):
         raise ValueError("norm_eps is not a number known at export")
     gated = node.args.get("gated", False)
     if not isinstance(gated, bool):
         raise ValueError("gated is not a literal bool")
-    norm = _optional(node, "norm_weight")
-    return Parts(source, refs, found, norm, None if eps is None else float(eps), _optional(node, "residual"), gated)
+    norm, residual = _optional(node, "norm_weight"), _optional(node, "residual")
+    return Parts(source, refs, formats, found, norm, None if eps is None else float(eps), residual, gated)
 
 
 def expanded(graph: Graph, node: Node, first: int) -> tuple[list[Value], list[Node]]:
@@ -97,7 +109,11 @@ def expanded(graph: Graph, node: Node, first: int) -> tuple[list[Value], list[No
         size = graph.value(weight).shape[0]
         output = node.outputs[i] if last else between((*shape[:-1], size))
         args = {"input": x, "weight": weight, "bias": bias}
-        sums.append(make("aten.linear.default", args, output))
+        form = p.formats[i]
+        if form is None:
+            sums.append(make("aten.linear.default", args, output))
+        else:
+            sums.append(make(PACKED, {**args, "format": form.literal()}, output))
     if p.gated:
         output = node.outputs[0] if p.residual is None else between(graph.values[node.outputs[0]].shape)
         sums = [make("webgpu.swiglu", {"gate": sums[0], "up": sums[1]}, output)]
@@ -129,6 +145,10 @@ def supports(graph: Graph, node: Node) -> str | None:
         shape = graph.value(weight).shape
         if len(shape) != 2:
             return f"weight {list(shape)} is no matrix"
+        form = p.formats[i]
+        reason = None if form is None else check_weight(graph, weight, form.literal(), source.shape[-1])
+        if reason is not None:
+            return reason
         out = graph.values[node.outputs[0 if p.gated else i]]
         if out.shape != (*source.shape[:-1], shape[0]):
             return f"the result {list(out.shape)} does not fit input {list(source.shape)} and weight {list(shape)}"
@@ -174,6 +194,7 @@ def projection(ctx: Lowering, node: Node) -> Projection:
         p.gated,
         optional(p.biases[0]) if len(p.weights) == 1 else None,
         optional(p.residual),
+        p.formats if any(form is not None for form in p.formats) else (),
     )
 
 
@@ -181,6 +202,9 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
     """See the module's docstring."""
     p, found = parts(node), projection(ctx, node)
     several = len(p.weights) > 1 and any(bias is not None for bias in p.biases)
+    if not several and found.m > GEMV_M and found.k > NAIVE_K and takes(replace(found, eps=None)):
+        yield from _tiled(ctx, node, found)
+        return
     if not fits(ctx.limits, found) or (several and p.gated):
         yield from _one_by_one(ctx, node)
         return
@@ -189,10 +213,33 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         return
     for i, bias in enumerate(p.biases):
         alone = replace(
-            found, weights=found.weights[i : i + 1], sizes=found.sizes[i : i + 1], outs=found.outs[i : i + 1]
+            found,
+            weights=found.weights[i : i + 1],
+            sizes=found.sizes[i : i + 1],
+            outs=found.outs[i : i + 1],
+            formats=found.formats[i : i + 1],
         )
         bound = None if bias is None else Tensor(bias.value, ctx.wgsl_type(bias))
         yield from stream(ctx, replace(alone, bias=bound))
+
+
+def _tiled(ctx: Lowering, node: Node, found: Projection) -> Iterator[Dispatch]:
+    """The norm by itself, then tiles that gate and add as they write."""
+    if found.eps is not None:
+        whole, first = ctx.graph, len(ctx.graph.values)
+        [value, *_], [norm, *_] = expanded(whole, node, first)
+        if ctx.scratch("f32", found.m * found.k) != first:
+            raise RuntimeError(f"{node.name}: scratch values were taken before")
+        ctx.graph = replace(whole, values=(*whole.values, value))
+        try:
+            op = find(norm.op)
+            if op is None:
+                raise RuntimeError(f"{node.name}: no operator {norm.op}")
+            yield from op.lower(ctx, norm)
+            found = replace(found, x=Tensor(first, ctx.stored_as(first, "f32")), eps=None, norm=None)
+        finally:
+            ctx.graph = whole
+    yield from gemm(ctx, found)
 
 
 def _one_by_one(ctx: Lowering, node: Node) -> Iterator[Dispatch]:

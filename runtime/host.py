@@ -17,6 +17,7 @@ NUMPY: dict[str, np.dtype[Any]] = {
     "f64": np.dtype("<f8"),
     "i64": np.dtype("<i8"),
     "i32": np.dtype("<i4"),
+    "u32": np.dtype("<u4"),
     "i16": np.dtype("<i2"),
     "i8": np.dtype("i1"),
     "u8": np.dtype("u1"),
@@ -26,7 +27,7 @@ NUMPY: dict[str, np.dtype[Any]] = {
 
 _NAMES = {
     "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int64": "i64", "int32": "i32",
-    "int16": "i16", "int8": "i8", "uint8": "u8", "bool": "bool",
+    "uint32": "u32", "int16": "i16", "int8": "i8", "uint8": "u8", "bool": "bool",
 }  # fmt: skip
 _TORCH = {short: name for name, short in _NAMES.items()}
 STORAGE: dict[str, np.dtype[Any]] = {

@@ -12,7 +12,8 @@
 // Memory traffic: weights once; x (and norm) once a workgroup, and 1 / COLS of the loads of weights from the nearest cache.
 // Unchecked: weight rows are clamped below N, rows of x below m, cells are below params.cells; what is stored is below N and m.
 // Versions: docs/KERNELS.md.
-// Appended: gemv_stream_sums.wgsl, gemv_stream_columns_<COLS>.wgsl, gemv_stream_f16.wgsl or gemv_stream_f32.wgsl.
+// Appended: gemv_stream_sums.wgsl, gemv_stream_columns_<COLS>.wgsl, gemv_stream_f16.wgsl or gemv_stream_f32.wgsl; for packed weights, whose x
+// goes through workgroup memory: gemv_stream_packed.wgsl, gemv_stream_packed_<COLS>.wgsl, gemv_stream_bits_4.wgsl or gemv_stream_bits_8.wgsl.
 
 @group(0) @binding(0) var<storage, read> x: array<X>;
 @group(0) @binding(1) var<storage, read> w0: array<Raw>;
@@ -25,7 +26,7 @@
 struct Params {
     m: u32,
     n: u32,
-    cells: u32, // of 16 bytes in a row of weights
+    cells: u32, // of 16 bytes in a row of weights, scales included
     groups: u32, // workgroups with work
     k: f32,
     eps: f32,
@@ -37,6 +38,14 @@ fn raw(which: u32, at: u32) -> Raw {
         return w1[at];
     }
     return w0[at];
+}
+
+/// One word of a weight, for packed ones.
+fn raw_word(which: u32, at: u32) -> u32 {
+    if (GATED && which == 1u) {
+        return bitcast<u32>(w1[at / 4u][at % 4u]);
+    }
+    return bitcast<u32>(w0[at / 4u][at % 4u]);
 }
 
 @compute @workgroup_size(WG)

@@ -5,7 +5,8 @@
 //
 // Memory traffic: all weights once; x (and norm) once a workgroup.
 // Unchecked: weight rows are clamped below N_i, rows of x below m, cells are below params.cells; what is stored is below N_i and m.
-// Appended: gemv_stream_sums.wgsl, gemv_stream_columns_<COLS>.wgsl, gemv_stream_f16.wgsl or gemv_stream_f32.wgsl.
+// Appended: gemv_stream_sums.wgsl, gemv_stream_columns_<COLS>.wgsl, gemv_stream_f16.wgsl or gemv_stream_f32.wgsl; for packed weights, whose x
+// goes through workgroup memory: gemv_stream_packed.wgsl, gemv_stream_packed_<COLS>.wgsl, gemv_stream_bits_4.wgsl or gemv_stream_bits_8.wgsl.
 
 @group(0) @binding(0) var<storage, read> x: array<X>;
 @group(0) @binding(1) var<storage, read> w0: array<Raw>;
@@ -20,7 +21,7 @@ struct Params {
     n: vec4<u32>,
     ends: vec4<u32>, // workgroups up to the end of each result
     m: u32,
-    cells: u32, // of 16 bytes in a row of weights
+    cells: u32, // of 16 bytes in a row of weights, scales included
     k: f32,
     eps: f32,
 }
@@ -34,6 +35,17 @@ fn raw(which: u32, at: u32) -> Raw {
         return w1[at];
     }
     return w2[at];
+}
+
+/// One word of a weight, for packed ones.
+fn raw_word(which: u32, at: u32) -> u32 {
+    if (which == 0u) {
+        return bitcast<u32>(w0[at / 4u][at % 4u]);
+    }
+    if (which == 1u) {
+        return bitcast<u32>(w1[at / 4u][at % 4u]);
+    }
+    return bitcast<u32>(w2[at / 4u][at % 4u]);
 }
 
 @compute @workgroup_size(WG)

@@ -11,7 +11,8 @@ from ..graph import Arg, Graph, Node, Ref
 from .match import ADD, operands
 from .rewrite import Editor, Links
 
-_LINEAR = ("aten.linear.default", "webgpu.linear")
+_PACKED = "webgpu.linear_packed"
+_LINEAR = ("aten.linear.default", "webgpu.linear", _PACKED)
 _SWIGLU = "webgpu.swiglu"
 _NORMS = ("webgpu.rms_norm", "aten.rms_norm.default", "aten._fused_rms_norm.default")
 
@@ -159,6 +160,7 @@ def _fused(group: _Group) -> Node:
     args: dict[str, Arg] = {
         "input": first.args["input"] if group.norm is None else group.norm.args["input"],
         "weights": tuple(node.args["weight"] for node in group.linears),
+        "formats": _formats(group.linears),
         "biases": _biases(group.linears),
         "norm_weight": None if group.norm is None else group.norm.args.get("weight"),
         "norm_eps": None if group.norm is None else _eps(group.norm),
@@ -167,6 +169,12 @@ def _fused(group: _Group) -> Node:
     }
     outputs = tuple(node.outputs[0] for node in group.linears) if end is None else end.outputs
     return Node(NAME, args, outputs, (end or first).name)
+
+
+def _formats(linears: Sequence[Node]) -> Arg:
+    """Of packed weights."""
+    found: tuple[Arg, ...] = tuple(node.args["format"] if node.op == _PACKED else None for node in linears)
+    return None if all(form is None for form in found) else found
 
 
 def _biases(linears: Sequence[Node]) -> Arg:

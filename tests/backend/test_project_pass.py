@@ -125,13 +125,13 @@ def test_a_layer_becomes_five_nodes(bias: bool, on: str) -> None:
     assert [args["norm_eps"] for args in (qkv, out, gated, down, logits)] == [1e-5, None, 1e-5, None, 1e-5]
     assert [args["residual"] is None for args in (qkv, out, gated, down, logits)] == [True, False, True, False, True]
     counts, plain = same_numbers(r, graph, on)
-    few = [0, 1, 3, 4]  # calls; many rows and devices without subgroups run the operators one by one
+    few = [0, 1, 3, 4]  # calls; devices without subgroups run the operators one by one
     if on == "full":
         assert [counts[i] for i in few] == [8 if bias else 6] * 4
         assert [plain[i] for i in few] == [15] * 4
     else:
-        assert counts == plain
-    assert counts[2] == plain[2]
+        assert [counts[i] for i in few] == [plain[i] for i in few]
+    assert (counts[2], plain[2]) == (11, 15)  # many rows: tiles that gate and add
 
 
 def norm_read_elsewhere(r: Records) -> list[Ref]:

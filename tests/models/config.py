@@ -37,6 +37,11 @@ class Config:
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether layers quantise their inputs to 8 bits at run time."""
+        return "8da" in self.name
+
     def option(self, key: str, default: Any = None) -> Any:
         return dict(self.options).get(key, default)
 

@@ -54,6 +54,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# quantisation of the exporter: name -> (qmode, group size, bits and group size of the embedding)
+QUANTIZED: dict[str, tuple[str | None, int | None, str | None]] = {
+    "4w": ("4w", 32, None),
+    "4w_e8": ("4w", 64, "8,0"),
+    "8da4w_e4": ("8da4w", 32, "4,32"),
+    "8da4w_row": ("8da4w", 128, "2,32"),
+    "int8": ("int8", None, None),
+    "int8_e4": ("int8", None, "4,64"),
+    "e8": (None, None, "8,32"),
+}
+
+
 def _configs() -> tuple[Config, ...]:
     """The cross product of families, dtypes, shapes and attention spellings, then the single variants."""
     out = []
@@ -70,6 +82,13 @@ def _configs() -> tuple[Config, ...]:
         name = f"et_{family}_{dtype}_{shape}_{attention}_{suffix}"
         out.append(Config(name, family, "et_llama", dtype, shape, attention, core, tuple(options.items())))
 
+    for name, (qmode, group, embedding) in QUANTIZED.items():
+        for dtype in ("fp32", "fp16"):
+            if dtype == "fp16" and qmode is not None and qmode.startswith("8da"):
+                continue  # torchao quantises activations in the model's type, which rounds scales to eleven bits
+            core = dtype == "fp32" or name == "4w"
+            quantized = {"qmode": qmode, "group_size": group, "embedding_quantize": embedding}
+            variant(name, "llama3_2", dtype, "dynamic", "custom", core, **quantized)
     for attention in ("custom", "plain"):
         variant("default_edge", "llama3_2", "fp16", "dynamic", attention, True, edge="default")
     for dtype in ("fp32", "fp16"):
@@ -133,11 +152,30 @@ def _llm_config(config: Config, folder: Path) -> Any:
     if config.option("local_global"):
         llm.model.local_global_attention = list(config.option("local_global"))
     llm.model.use_attention_sink = config.option("sink")
+    llm.quantization.qmode = config.option("qmode")
+    llm.quantization.group_size = config.option("group_size")
+    llm.quantization.embedding_quantize = config.option("embedding_quantize")
+    llm.quantization.use_hqq = False  # slow, and only another choice of scales
     llm.debug.generate_full_logits = config.option("full_logits", False)
     llm.export.max_seq_length = config.option("max_seq", CONTEXT)
     llm.export.max_context_length = CONTEXT
     llm.export.output_dir = str(folder)
     return llm
+
+
+def _dequantized(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with weights that only are stored as integers (activations are not) replaced by their exact values."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not hasattr(weight, "qdata") or weight.activation_quantization is not None:
+            continue
+        rows = weight.qdata.shape[0]
+        scale, zero = (
+            part.float().reshape(rows, -1).repeat_interleave(weight.block_size[1], 1)
+            for part in (weight.scale, weight.zero_point)
+        )
+        module.weight = torch.nn.Parameter((weight.qdata.float() - zero) * scale, requires_grad=False)
+    return model
 
 
 def build(config: Config) -> Built:
@@ -150,7 +188,7 @@ def build(config: Config) -> Built:
         manager = _prepare_for_llama_export(_llm_config(config, Path(folder)))
     cached = not config.option("no_cache", False)
     model = manager.model.eval()
-    upcast = copy.deepcopy(model).float()
+    upcast = _dequantized(copy.deepcopy(model)).float()
     eager = copy.deepcopy(model)
 
     def make_inputs(tokens: np.ndarray, position: int) -> tuple[torch.Tensor, ...]:

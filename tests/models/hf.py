@@ -59,6 +59,15 @@ ATTENTION: dict[str, tuple[bool, bool]] = {
 }
 
 
+# quantisation by optimum-executorch: name -> (linear layers, group size or 0 for rows, embedding, its group size)
+QUANTIZED: dict[str, tuple[str | None, int, str | None, int]] = {
+    "8da4w_e8": ("8da4w", 32, "8w", 0),
+    "4w_e4": ("4w", 32, "4w", 32),
+    "8da8w": ("8da8w", 0, None, 0),
+    "8w_e8": ("8w", 0, "8w", 0),
+}
+
+
 def _configs() -> tuple[Config, ...]:
     out = []
     for family in FAMILIES:
@@ -75,6 +84,11 @@ def _configs() -> tuple[Config, ...]:
         for attention in ("custom", "plain"):
             name = f"hf_llama_{dtype}_static_{attention}"
             out.append(Config(name, "llama", "hf", dtype, "static", attention, dtype == "fp32"))
+    for name in QUANTIZED:
+        for family in ("llama", "qwen3"):
+            full = f"hf_{family}_fp32_dynamic_custom_{name}"
+            option = (("quantized", name),)
+            out.append(Config(full, family, "hf", "fp32", "dynamic", "custom", family == "llama", option))
     default = (("edge", "default"),)
     out.append(
         Config("hf_llama_fp16_dynamic_plain_default_edge", "llama", "hf", "fp16", "dynamic", "plain", True, default)
@@ -123,6 +137,11 @@ def _model(config: Config, dtype: torch.dtype) -> Any:
             norm = value.dim() == 1 and not name.endswith("bias")
             offset = 1.0 if norm and config.family.startswith("gemma") else 0.0  # gemma scales by 1 + weight
             model.get_parameter(name).copy_((value - offset).to(config.torch_dtype))
+    if config.option("quantized"):
+        from optimum.exporters.executorch.quantization import quantize_model_
+
+        linear, group, embedding, rows = QUANTIZED[config.option("quantized")]
+        quantize_model_(model, linear, group, None, embedding, rows, "affine")
     model.generation_config = transformers.GenerationConfig(
         use_cache=True,
         cache_implementation="static",

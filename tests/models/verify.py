@@ -111,6 +111,16 @@ def error_ratio(got: Any, reference: Any, dtype: str) -> float:
     return float(((got - reference).abs() / (absolute + relative * reference.abs())).max())
 
 
+def flip_ratio(got: Any, reference: Any) -> float:
+    """As `error_ratio` for a model that rounds activations to 8 bits: a value at a tie that falls to the other side
+    changes a call's logits by up to a few hundredths of their size. Most calls have none: their median is judged as
+    that of any model."""
+    got, reference = torch.as_tensor(got).double(), torch.as_tensor(reference).double()
+    if got.shape != reference.shape or bool(torch.isnan(got).any()):
+        return float("inf")
+    return float((got - reference).abs().max() / (0.05 * reference.abs().max()))
+
+
 def run(built: Built, pte: bytes, report: Report, device: str, steps: int) -> None:
     """Execute and compare; fills in the report."""
     from executorch_webgpu.runtime import Runtime
@@ -127,6 +137,7 @@ def run(built: Built, pte: bytes, report: Report, device: str, steps: int) -> No
     built.oracle.cache_dtype = torch.float16 if built.config.dtype == "fp16" and on.limits.f16 else None
     built.oracle.reset()
     position, worst = 0, 0.0
+    calls: list[float] = []
     for length in chunks(built, steps):
         tokens = generator.integers(0, built.vocab, length)
         before = on.counters.copy()
@@ -138,11 +149,15 @@ def run(built: Built, pte: bytes, report: Report, device: str, steps: int) -> No
             got = got[2:]  # ExecuTorch returns the new values of mutated inputs before the model's own outputs
         if len(got) != len(references):
             raise AssertionError(f"{len(got)} outputs, the reference has {len(references)}")
-        worst = max([worst, *(error_ratio(g, r, built.config.dtype) for g, r in zip(got, references, strict=True))])
+        ratios = [error_ratio(g, r, built.config.dtype) for g, r in zip(got, references, strict=True)]
+        if built.config.rounds_activations:
+            calls.append(max(ratios))
+            ratios = [flip_ratio(g, r) for g, r in zip(got, references, strict=True)]
+        worst = max([worst, *ratios])
         report.calls += 1
         if built.stateful:
             position += length
-    report.worst = worst
+    report.worst = max(worst, float(np.median(calls))) if calls else worst
 
 
 def verify(

@@ -1,0 +1,134 @@
+"""`webgpu.linear_packed`: a linear layer whose weight is quantised and packed (`packed.py`).
+
+Arguments:
+    input: [.., K] of any rank from 1; float32, float16 or bfloat16.
+    weight: u32 [N, words].
+    bias: [N] or None.
+    format: `Format.literal()` of the weight.
+
+Result: [.., N], sums in f32 of x times scale * (code - zero), exact but for their order.
+
+Few rows on a device with subgroups are streamed (`gemv_stream.py`), many go through tiles that dequantise as they
+load (`gemm.py`); gemv_packed.wgsl takes what is left: few rows without subgroups, and groups that no cell is within.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+from .. import wgsl
+from ..backend.graph import FLOATS, Graph, Node, Ref
+from .base import Dispatch, Lowering, register
+from .gemm import gemm, takes
+from .gemv_stream import MAX_ROWS, Projection, Tensor, fits, stream
+from .packed import format_of, rows_of
+
+NAME = "webgpu.linear_packed"
+_WORKGROUP = 64
+_LANES = 16
+_BLOCK = 4
+
+
+def check_weight(graph: Graph, weight: object, form: object, k: object) -> str | None:
+    """What is wrong with a packed weight for inputs of K columns, or None."""
+    try:
+        found = format_of(form)  # type: ignore[arg-type]
+        if not isinstance(weight, Ref):
+            return "the weight is no value"
+        rows_of(graph.value(weight), found)
+    except ValueError as error:
+        return str(error)
+    return f"the input has {k} columns, the weight {found.k}" if isinstance(k, int) and k != found.k else None
+
+
+def supports(graph: Graph, node: Node) -> str | None:
+    """A float input, a weight of the format's size, a result that fits."""
+    source, bias = node.args["input"], node.args.get("bias")
+    if not isinstance(source, Ref) or not graph.value(source).shape:
+        return "the input is no tensor, or a scalar"
+    given, out = graph.value(source), graph.values[node.outputs[0]]
+    for value in (given, out):
+        if value.dtype not in FLOATS or value.dtype == "f64":
+            return f"{value.name} has dtype {value.dtype}; float32, float16 and bfloat16 are supported"
+    reason = check_weight(graph, node.args["weight"], node.args["format"], given.shape[-1])
+    if reason is not None:
+        return reason
+    rows = graph.value(node.args["weight"]).shape[0]
+    if out.shape != (*given.shape[:-1], rows):
+        return f"the result {list(out.shape)} does not fit input {list(given.shape)} and {rows} rows of weights"
+    if bias is not None and graph.value(bias).shape != (rows,):
+        return f"bias {list(graph.value(bias).shape)} does not fit {rows} rows of weights"
+    return None
+
+
+def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
+    """See the module's docstring."""
+    form = format_of(node.args["format"])
+    source, out = node.args["input"], ctx.out(node)
+
+    def tensor(arg: object) -> Tensor | None:
+        return Tensor(arg.value, ctx.wgsl_type(arg)) if isinstance(arg, Ref) else None
+
+    x, weight = tensor(source), tensor(node.args["weight"])
+    assert x is not None
+    assert weight is not None
+    projection = Projection(
+        x,
+        ctx.numel(source) // form.k,
+        form.k,
+        (weight,),
+        (ctx.shape(node.args["weight"])[0],),
+        (Tensor(out.value, ctx.wgsl_type(out)),),
+        bias=tensor(node.args.get("bias")),
+        formats=(form,),
+    )
+    yield from product(ctx, projection)
+
+
+def product(ctx: Lowering, p: Projection) -> Iterator[Dispatch]:
+    """x times one packed weight, by the kernel that suits its sizes; nothing where the result has no elements."""
+    if p.m * p.sizes[0] == 0:
+        return
+    if fits(ctx.limits, p):
+        yield from stream(ctx, p)
+    elif p.m > MAX_ROWS and takes(p):
+        yield from gemm(ctx, p)
+    else:
+        yield from gemv(ctx, p)
+
+
+@cache
+def _body() -> str:
+    return wgsl.source("packed_weights")
+
+
+def gemv(ctx: Lowering, p: Projection) -> Iterator[Dispatch]:
+    """gemv_packed.wgsl, in blocks of rows."""
+    form = p.format
+    assert form is not None
+    block = min(1 << (p.m - 1).bit_length(), _BLOCK)
+    columns = _WORKGROUP // _LANES
+    col_blocks = -(-p.sizes[0] // columns)
+    total = col_blocks * -(-p.m // block)
+    bindings = {"x": p.x.id, "w": p.weights[0].id, "out": p.outs[0].id}
+    types = {"X": p.x.type, "Out": p.outs[0].type}
+    for name, found in (("bias", p.bias), ("residual", p.residual)):
+        types[name.capitalize()] = "f32" if found is None else found.type
+        if found is not None:
+            bindings[name] = found.id
+    yield Dispatch(
+        "gemv_packed",
+        bindings,
+        {"m": p.m, "n": p.sizes[0], "k": p.k, "row_words": form.words, "col_blocks": col_blocks, "total": total},
+        ctx.fold_grid(total),
+        consts={
+            "WG": _WORKGROUP, "LANES": _LANES, "BLOCK": block, "BIAS": p.bias is not None,
+            "RESIDUAL": p.residual is not None, **form.consts(),
+        },
+        types=types,
+        body=_body(),
+    )  # fmt: skip
+
+
+register(NAME, supports=supports, lower=lower)
