@@ -18,6 +18,12 @@
     sizes: None, or i32[8] of `webgpu.rope_cache`, made from the same tensors, `kv_limit`, `window` and position: the
         grids of attention_stream.wgsl and its merge for the live length, used where `attention_decode.live_stream`
         says so.
+    lengths: None, or i32[B, 4] of `webgpu.lengths`: (past, new, 0, 0) of each batch row. past then stands in the place
+        of start_pos, which is ignored, and new in the place of the number of query rows: row i >= new is padding, whose
+        result is zero, and "all" means the past + new keys of the batch row. Other cache rows are never read.
+    bits: 0, or 8 or 4: key and value are caches of packed integers, u32 [B, C, Hkv, D * bits / 32] as in
+        `packed_cache`, with key_scales and value_scales, f32 [B, C, Hkv, 1]; kv_layout is "bshd". A query of 4-bit keys
+        is given transformed (`webgpu.quantize_cache`), and so is the result (`webgpu.hadamard`).
     check_range (default True): refuse start_pos + rows past the last key, for "causal" and "prefix".
     route (default "auto"): for tests; see `attention_lower.ROUTES`.
     variant (default "auto"): of a route that is named, for tests and measurements; see `attention_flash.variants` and
@@ -32,12 +38,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from ..backend.graph import Arg, Dim, Graph, Node, Sym, Value
 from .attention_decode import SIZES_WORDS
 from .attention_flash import VARIANTS
 from .attention_lower import LIMITS_OF_KEYS, ROUTES, attend
 from .base import Dispatch, Lowering, register
+from .lengths import lengths_reason
+from .packed_cache import bits_of, elements, packed_reason
 
 STORED_FLOATS = ("f32", "f16", "bf16")
 CUSTOM = "llama.custom_sdpa.default"
@@ -52,6 +61,10 @@ _DEFAULTS: dict[str, Arg] = {
     "window": 0,
     "sink": None,
     "sizes": None,
+    "lengths": None,
+    "bits": 0,
+    "key_scales": None,
+    "value_scales": None,
     "check_range": True,
 }
 
@@ -111,7 +124,12 @@ def _check_mask(value: Value, batch: Dim, heads: Dim, rows: Dim, keys: Dim) -> s
 
 def _check_tensors(graph: Graph, args: Mapping[str, Arg]) -> str | None:
     """What holds for every attention, whichever operator it comes from."""
+    reason = packed_reason(graph, args)
+    if reason is not None:
+        return reason
     values = {name: graph.value(args[name]) for name in ("query", "key", "value")}
+    if bits := bits_of(args):
+        values |= {n: replace(values[n], dtype="f32", shape=elements(values[n].shape, bits)) for n in ("key", "value")}
     for name, value in values.items():
         if value.dtype not in STORED_FLOATS:
             return f"{name} is {value.dtype}; attention is supported for float32, float16 and bfloat16"
@@ -148,6 +166,8 @@ def _check_start(args: Mapping[str, Arg], rows: Dim, keys: Dim) -> str | None:
         return f"start_pos is {start!r}; it must be an integer"
     if isinstance(start, int) and start < 0:
         return f"start_pos is {start}; it must not be negative"
+    if args.get("lengths") is not None:
+        return None
     checked = args.get("kv_limit") != "all" and args.get("check_range", True)
     if checked and isinstance(rows, int) and isinstance(keys, int):
         first = start if isinstance(start, int) else 0
@@ -171,7 +191,10 @@ def supports(graph: Graph, node: Node) -> str | None:
     reason = _check_tensors(graph, args)
     if reason is not None:
         return reason
-    _, heads, rows, _ = _sizes(graph.value(args["query"]), args["q_layout"])
+    batch, heads, rows, _ = _sizes(graph.value(args["query"]), args["q_layout"])
+    reason = lengths_reason(graph, args["lengths"], batch)
+    if reason is not None:
+        return reason
     _, _, keys, _ = _sizes(graph.value(args["key"]), args["kv_layout"])
     if graph.values[node.outputs[0]].dtype not in STORED_FLOATS:
         return f"the result is {graph.values[node.outputs[0]].dtype}; it must be float32, float16 or bfloat16"

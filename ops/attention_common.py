@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from .. import wgsl
 from ..backend.graph import Arg, Ref, Sym
 from .base import Dispatch, Grid, Live, Lowering, Param
+from .lengths import lengths_consts, lengths_parts
+from .packed_cache import bits_of, elements
 
 TILE = 32
 """Keys that a workgroup looks at together."""
@@ -65,6 +67,11 @@ def strides(shape: tuple[int, ...], layout: str) -> tuple[int, int, int]:
     return (heads * rows * d if batch > 1 else 0), row, (head if heads > 1 else 0)
 
 
+def tensor_shape(ctx: Lowering, args: Mapping[str, Arg], name: str) -> tuple[int, ...]:
+    """The sizes of query, key or value in elements, however many of these share a word."""
+    return elements(ctx.shape(args[name]), 0 if name == "query" else bits_of(args))
+
+
 def _dim(arg: Arg) -> int | Sym:
     if isinstance(arg, bool) or not isinstance(arg, int | Sym):
         raise TypeError(f"expected an integer or a symbol, got {arg!r}")
@@ -77,13 +84,21 @@ def number(arg: Arg) -> float:
     return float(arg)
 
 
+def limit_of(args: Mapping[str, Arg]) -> int:
+    """The number of `kv_limit` in the shaders. All keys of a batch row are those up to its own last one."""
+    limit = str(args["kv_limit"])
+    return LIMITS_OF_KEYS.index("prefix" if limit == "all" and args.get("lengths") is not None else limit)
+
+
 def require_sizes(
     ctx: Lowering, args: Mapping[str, Arg], problem: Problem, k: tuple[int, ...], v: tuple[int, ...]
 ) -> None:
     """Host checks: what only the sizes and positions of a call can show."""
     start = _dim(args["start_pos"])
     name = ctx.node.name if ctx.node is not None else "attention"
-    if args["kv_limit"] != "all" and args.get("check_range", True):
+    if args.get("lengths") is not None:
+        pass  # checked where they are made
+    elif args["kv_limit"] != "all" and args.get("check_range", True):
         high = problem.capacity - problem.rows
         what = f"{name}: start_pos, with {problem.rows} new tokens and a KV cache of {problem.capacity} rows"
         ctx.require(start, 0, high, what)
@@ -112,7 +127,7 @@ def require_sizes(
 
 def shared_params(ctx: Lowering, args: Mapping[str, Arg], problem: Problem, out: Ref) -> dict[str, Param]:
     """The numbers that the kernels share; each takes those that its `struct Params` names."""
-    start = _dim(args["start_pos"])
+    start = _dim(args["start_pos"]) if args.get("lengths") is None else 0
     moves = args["kv_limit"] != "all" or args["window"] != 0
     scale = args["scale"]
     params: dict[str, Param] = {
@@ -122,7 +137,7 @@ def shared_params(ctx: Lowering, args: Mapping[str, Arg], problem: Problem, out:
         "group": problem.group,
         "rows": problem.rows,
         "capacity": problem.capacity,
-        "limit": LIMITS_OF_KEYS.index(str(args["kv_limit"])),
+        "limit": limit_of(args),
         "sinks": int(args.get("sink") is not None),
         "window": int(number(args["window"])),
         "scale": 1.0 / math.sqrt(problem.d) if scale is None else number(scale),
@@ -130,7 +145,7 @@ def shared_params(ctx: Lowering, args: Mapping[str, Arg], problem: Problem, out:
         "minus_inf": -math.inf,
     }
     layouts = {"q": ("query", args["q_layout"]), "k": ("key", args["kv_layout"]), "v": ("value", args["kv_layout"])}
-    shapes = {letter: (ctx.shape(args[name]), str(layout)) for letter, (name, layout) in layouts.items()}
+    shapes = {letter: (tensor_shape(ctx, args, name), str(layout)) for letter, (name, layout) in layouts.items()}
     shapes["o"] = (ctx.shape(out), str(args["out_layout"]))
     for letter, (shape, layout) in shapes.items():
         for axis, stride in zip("bsh", strides(shape, layout), strict=True):
@@ -143,8 +158,9 @@ def shared_params(ctx: Lowering, args: Mapping[str, Arg], problem: Problem, out:
 
 
 def consts_of(ctx: Lowering, args: Mapping[str, Arg], problem: Problem) -> dict[str, int | float | bool]:
-    mask = args.get("attn_mask")
+    mask, bits = args.get("attn_mask"), bits_of(args)
     return {
+        **({"BITS": bits} if bits else {}),
         "D": problem.d,
         "DV": problem.dv,
         "K_WIDTH": 1 if problem.d % 4 else 4,
@@ -157,7 +173,7 @@ def types_of(ctx: Lowering, args: Mapping[str, Arg], problem: Problem, out: Ref)
     types = {"Q": ctx.wgsl_type(args["query"]), "Out": ctx.wgsl_type(out), "Mask": "f32", "Sink": "f32"}
     for letter, name, columns in (("K", "key", problem.d), ("V", "value", problem.dv)):
         kind = ctx.wgsl_type(args[name])
-        types[letter] = kind if columns % 4 else f"vec4<{kind}>"
+        types[letter] = kind if columns % 4 or bits_of(args) else f"vec4<{kind}>"
         types[f"{letter}Wide"] = "f32" if columns % 4 else "vec4<f32>"
     if args.get("attn_mask") is not None:
         types["Mask"] = ctx.wgsl_type(args["attn_mask"])
@@ -167,10 +183,16 @@ def types_of(ctx: Lowering, args: Mapping[str, Arg], problem: Problem, out: Ref)
 
 
 def bindings_of(ctx: Lowering, args: Mapping[str, Arg], *names: str) -> dict[str, int]:
-    """Shader variable -> value for the tensors that are there."""
+    """Shader variable -> value for the tensors that are there, lengths and the caches' scales among them."""
     known = {"mask": "attn_mask"}
-    tensors = {name: args.get(known.get(name, name)) for name in names}
+    scales = ("key_scales", "value_scales") if "key" in names and bits_of(args) else ()
+    tensors = {name: args.get(known.get(name, name)) for name in (*names, *scales, "lengths")}
     return {name: ctx.id(arg) for name, arg in tensors.items() if arg is not None}
+
+
+def loads_of(args: Mapping[str, Arg]) -> tuple[str, ...]:
+    """The parts by which kernels that take any head size load queries, keys and values."""
+    return ("scales", "loads_packed") if bits_of(args) else ("loads",)
 
 
 def dispatch_of(
@@ -188,6 +210,9 @@ def dispatch_of(
     start = every["start_pos"]
     if not isinstance(start, Live):
         raise TypeError(f"start_pos is {start!r}, no live scalar")
-    body = "".join(wgsl.source(f"attention_{part}") for part in parts)
+    ragged = "lengths" in bindings
+    files = (*lengths_parts(ragged), *(f"attention_{part}" for part in parts))
+    body = "".join(wgsl.source(part) for part in files)
     grid = ctx.fold_grid(groups) if isinstance(groups, int) else groups
-    return Dispatch(kernel, bindings, params, grid, consts={**consts, "START": start}, types=types, body=body)
+    known = {**consts, **lengths_consts(ragged, int(str(every["batch"]))), "START": start}
+    return Dispatch(kernel, bindings, params, grid, consts=known, types=types, body=body)

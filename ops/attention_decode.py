@@ -14,12 +14,14 @@ from .attention_common import (
     bindings_of,
     consts_of,
     dispatch_of,
+    loads_of,
     number,
     power_of_two_up_to,
     types_of,
     vec4s,
 )
 from .base import Dispatch, Grid, Limits, Lowering, Param
+from .packed_cache import bits_of
 
 DECODE_ROWS = 8
 """Query rows (sequence positions) up to which the decode route is taken."""
@@ -36,6 +38,15 @@ STREAM_TILES = 4
 STREAM_WORKGROUPS = 256
 """Workgroups of the stream kernel that splitting the keys aims at: what a large GPU runs at once (docs/KERNELS.md)."""
 _ROWS_PARTS = {1: "rows_1", 2: "rows_2", 4: "rows_4"}
+_CELLS = {
+    "f16": ("vec4<u32>", ("cells_f16",)),
+    "f32": ("vec4<f32>", ("cells_f32",)),
+    "i8": ("vec2<u32>", ("scales", "cells_i8")),
+    "i4": ("u32", ("scales", "cells_i4")),
+}
+"""How the caches hold numbers -> what the stream kernel loads at once, and the parts that do so."""
+STREAM_BUFFERS = 10
+"""Storage buffers of the stream kernel where caches have scales."""
 DECODE_COLUMNS = 64
 """vec4 value columns of one decode workgroup; wider heads take several."""
 SPLIT_WORD, MERGE_WORD, SIZES_WORDS = 0, 4, 8
@@ -90,7 +101,7 @@ def decode(
     consts |= {"SUBS": power_of_two_up_to(min(8, 64 // width)), "SPLITS": choice.splits, "SPLIT_TILE": TILE}
     bindings = {**bindings_of(ctx, args, "query", "key", "value", "mask"), "partial": partial, "ml": ml}
     kinds = {k: v for k, v in types.items() if k not in ("Out", "Sink")}
-    parts = ("rules", "splits", "scores", "loads")
+    parts = ("rules", "splits", "scores", *loads_of(args))
     yield dispatch_of(ctx, "attention_decode", bindings, every, own, ctx.fold_grid(total), consts, kinds, parts)
     yield _merge(ctx, args, problem, out, every, Partials(partial, ml, choice.splits, TILE, alone=False))
 
@@ -189,7 +200,7 @@ def choose_stream(problem: Problem, limits: Limits, cell: int, variant: str = "a
     """The division for devices with subgroups, or None where the kernel does not apply.
 
     Args:
-        cell: columns of 16 bytes of the caches (8 for f16, 4 for f32); 0: they are stored otherwise.
+        cell: what `cell_columns` gives; 0: the kernel cannot read the caches.
         variant: "auto", or for measurements `lanes=64;splits=32;tiles=1`, each part optional.
     """
     if not cell or problem.d % cell or problem.dv % cell:
@@ -247,9 +258,9 @@ def stream(
 ) -> Iterator[Dispatch]:
     """The route of devices with subgroups."""
     types = types_of(ctx, args, problem, out)
-    half = ctx.wgsl_type(args["key"]) == "f16"
+    cell, cells = _CELLS[f"i{bits_of(args)}" if bits_of(args) else ctx.wgsl_type(args["key"])]
     kinds = {name: types[name] for name in ("Mask", "Sink")}
-    kinds |= {"Q": f"vec4<{types['Q']}>", "Out": f"vec4<{types['Out']}>", "Cell": "vec4<u32>" if half else "vec4<f32>"}
+    kinds |= {"Q": f"vec4<{types['Q']}>", "Out": f"vec4<{types['Out']}>", "Cell": cell}
     tile = choice.split_tile
     common = consts_of(ctx, args, problem)
     consts = {
@@ -270,7 +281,7 @@ def stream(
     partial, ml = _scratch(ctx, problem, choice.splits if merges else 1)
     bindings = {**bindings_of(ctx, args, "query", "key", "value", "mask", "sink"), "partial": partial, "ml": ml}
     bindings["out"] = out.value
-    parts = ("rules", "splits", "scores", _ROWS_PARTS[choice.rows], "cells_f16" if half else "cells_f32")
+    parts = ("rules", "splits", "scores", _ROWS_PARTS[choice.rows], *cells)
     sizes = args.get("sizes") if live_stream(ctx, args, problem) == choice else None
     grid, _ = grids(problem, choice)
     yield _sized(
@@ -322,6 +333,11 @@ def _sized(ctx: Lowering, dispatch: Dispatch, sizes: Arg, word: int) -> Dispatch
 
 
 def cell_columns(ctx: Lowering, args: Mapping[str, Arg]) -> int:
-    """Columns of 16 bytes of both caches, 0 if they are stored in different types."""
+    """Columns of what attention_stream.wgsl loads at once: 16 bytes of a cache of floats, eight packed integers.
+
+    0: the caches are stored in different types, or the device has too few bindings for their scales.
+    """
+    if bits_of(args):
+        return 8 if ctx.limits.max_storage_buffers >= STREAM_BUFFERS else 0
     kinds = {ctx.wgsl_type(args["key"]), ctx.wgsl_type(args["value"])}
     return {frozenset({"f16"}): 8, frozenset({"f32"}): 4}.get(frozenset(kinds), 0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ..backend.graph import Arg, Ref
 from .attention_common import Problem, bindings_of, consts_of, dispatch_of, power_of_two_up_to, types_of, vec4s
 from .base import Dispatch, Limits, Lowering, Param
+from .packed_cache import bits_of
 
 KEYS = 64
 """Keys of a tile: four for each of the 16 lanes that share a row."""
@@ -161,15 +162,16 @@ def flash(
         "PASSES": -(-vec4s(problem.dv) // COLUMNS),
     }
     for letter, name, columns in (("K", "key", problem.d), ("V", "value", problem.dv)):
-        packed = ctx.wgsl_type(args[name]) == "f16" and columns % 8 == 0
-        consts[f"{letter}STEP"] = 2 if packed else 1
-        kinds[letter] = "vec4<u32>" if packed else types[letter]
-        kinds[f"{letter}Wide"] = "vec4<u32>" if packed else "vec4<f32>"
+        halves = ctx.wgsl_type(args[name]) == "f16" and columns % 8 == 0
+        consts[f"{letter}STEP"] = 2 if halves else 1
+        kinds[letter] = "vec4<u32>" if halves else types[letter]
+        kinds[f"{letter}Wide"] = "vec4<u32>" if halves else "vec4<f32>"
     partial = ctx.scratch("f32", choice.splits * split_bytes(problem) // 4) if split else out.value
     own: dict[str, Param] = {"total": total, "tiles": tiles, "splits": choice.splits}
     tensors = bindings_of(ctx, args, "key", "value", "mask", "sink")
     bindings = {**tensors, "queries": ctx.id(args["query"]), "out": partial}
-    shared = ("rules", "scores", "flash_ranges", "flash_loads", "flash_tiles")
+    cells = ("scales", "flash_packed") if bits_of(args) else ("flash_cells",)
+    shared = ("rules", "scores", "flash_ranges", *cells, "flash_loads", "flash_tiles")
     first = dispatch_of(ctx, "attention_flash", bindings, every, own, total, consts, kinds, shared)
     yield replace(first, body=first.body + _neighbour(choice.shuffle))
     if not split:

@@ -19,14 +19,17 @@ from .attention_common import (
     bindings_of,
     consts_of,
     dispatch_of,
+    loads_of,
     require_sizes,
     shared_params,
+    tensor_shape,
     types_of,
 )
 from .attention_decode import DECODE_ROWS, cell_columns, choose_decode, choose_stream, decode, stream
 from .attention_flash import choose_flash, flash
 from .attention_prefill import prefill
 from .base import Dispatch, Lowering, Param
+from .lengths import batch_fits
 
 __all__ = ["LIMITS_OF_KEYS", "ROUTES", "attend"]
 
@@ -36,11 +39,11 @@ ROUTES = ("auto", "stream", "decode", "flash", "prefill", "naive")
 def attend(ctx: Lowering, args: Mapping[str, Arg], out: Ref) -> Iterator[Dispatch]:
     """Dispatches of one attention. `args` are those of `webgpu.attention`; see `attention.py`."""
     q_shape = as_bhsd(ctx.shape(args["query"]), str(args["q_layout"]))
-    k_shape = as_bhsd(ctx.shape(args["key"]), str(args["kv_layout"]))
-    v_shape = as_bhsd(ctx.shape(args["value"]), str(args["kv_layout"]))
+    k_shape = as_bhsd(tensor_shape(ctx, args, "key"), str(args["kv_layout"]))
+    v_shape = as_bhsd(tensor_shape(ctx, args, "value"), str(args["kv_layout"]))
     problem = Problem(q_shape[0], q_shape[1], k_shape[1], q_shape[2], k_shape[2], q_shape[3], v_shape[3])
     require_sizes(ctx, args, problem, k_shape, v_shape)
-    if problem.results * problem.dv == 0:
+    if problem.results * problem.dv == 0 or not batch_fits(ctx, args.get("lengths"), problem.batch):
         return
     common = shared_params(ctx, args, problem, out)
     route = str(args.get("route", "auto"))
@@ -72,6 +75,5 @@ def naive(ctx: Lowering, args: Mapping[str, Arg], problem: Problem, out: Ref, ev
     bindings = {**bindings_of(ctx, args, "query", "key", "value", "mask", "sink"), "out": out.value}
     consts, types = consts_of(ctx, args, problem), types_of(ctx, args, problem, out)
     own = {"total": total}
-    return dispatch_of(
-        ctx, "attention_naive", bindings, every, own, -(-total // 64), consts, types, ("rules", "scores", "loads")
-    )
+    parts = ("rules", "scores", *loads_of(args))
+    return dispatch_of(ctx, "attention_naive", bindings, every, own, -(-total // 64), consts, types, parts)

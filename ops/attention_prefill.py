@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..backend.graph import Arg, Ref
-from .attention_common import TILE, Problem, bindings_of, consts_of, dispatch_of, types_of
+from .attention_common import TILE, Problem, bindings_of, consts_of, dispatch_of, loads_of, types_of
 from .base import Dispatch, Limits, Lowering, Param
 
 PREFILL_COLUMNS = 128
@@ -31,5 +31,5 @@ def prefill(ctx: Lowering, args: Mapping[str, Arg], problem: Problem, out: Ref, 
     consts = {**consts_of(ctx, args, problem), "QROWS": rows, "PASSES": passes}
     types = types_of(ctx, args, problem, out)
     own = {"total": total, "tiles": tiles}
-    parts = ("rules", "scores", "loads")
+    parts = ("rules", "scores", *loads_of(args))
     return dispatch_of(ctx, "attention_prefill", bindings, every, own, total, consts, types, parts)

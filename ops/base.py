@@ -49,9 +49,8 @@ class Limits:
     def wgsl_type(self, dtype: str) -> str:
         """How a tensor of host dtype `dtype` is stored on this device: `f32`, `f16`, `i32` or `u32`.
 
-        Integers are i32 (WGSL has no other), booleans u32 holding 0 or 1, bfloat16 f32; float16 is f16 where the
-        device has it,
-        else f32, so that every program runs on every device.
+        Integers are i32 (tensors have no other in WGSL), booleans u32 holding 0 or 1, words of packed weights u32,
+        bfloat16 f32; float16 is f16 where the device has it, else f32, so that every program runs on every device.
         """
         if dtype == "f16" and self.f16:
             return "f16"
@@ -59,7 +58,7 @@ class Limits:
             return "f32"
         if dtype in ("i64", "i32", "i16", "i8", "u8"):
             return "i32"
-        if dtype == "bool":
+        if dtype in ("bool", "u32"):
             return "u32"
         raise ValueError(f"no WGSL storage for dtype {dtype}")
 
@@ -120,12 +119,18 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class ElementCheck:
-    """A host check of every element of an integer input: low <= element <= high."""
+    """A host check of every element of an integer input: low <= element <= high.
+
+    `plus`: another integer input of as many elements; what is checked are the sums, element by element. `each` is what
+    an element stands for, in messages.
+    """
 
     value: int
     low: int
     high: int
     what: str
+    plus: int | None = None
+    each: str = "element"
 
 
 class Lowering:
@@ -206,7 +211,7 @@ class Lowering:
         """Check low <= dim <= high on the host before every step (InputError otherwise)."""
         self.checks.append(Check(dim, low, high, what))
 
-    def require_elements(self, arg: Arg, low: Int, high: Int, what: str) -> None:
+    def require_elements(self, arg: Arg, low: Int, high: Int, what: str, each: str = "element") -> None:
         """Check every element of an integer tensor on the host before every step.
 
         Seen are inputs, views of inputs, and what `bounds.integer_bounds` follows (positions counted up from a live
@@ -215,12 +220,18 @@ class Lowering:
         """
         root = self.graph.root(self.id(arg))
         if self.graph.values[root].kind == "input":
-            self.element_checks.append(ElementCheck(root, low, high, what))
+            self.element_checks.append(ElementCheck(root, low, high, what, each=each))
             return
         bounds = integer_bounds(self.graph, arg)
         if bounds is not None:
             self.require(bounds[0], low, high, what)
             self.require(bounds[1], low, high, what)
+
+    def require_sums(self, first: Arg, second: Arg, low: Int, high: Int, what: str, each: str = "element") -> None:
+        """Check every sum of two integer tensors of as many elements before every step, where both are inputs."""
+        roots = [self.graph.root(self.id(arg)) for arg in (first, second)]
+        if all(self.graph.values[root].kind == "input" for root in roots):
+            self.element_checks.append(ElementCheck(roots[0], low, high, what, roots[1], each))
 
     def grid_1d(self, items: Int, workgroup: Int) -> Grid:
         """A grid of ceil(items / workgroup) workgroups, folded into x and y where x alone would pass the device's
@@ -327,7 +338,7 @@ def check_node(graph: Graph, node: Node) -> str | None:
         value = graph.values[index]
         if value.dtype == "f64":
             return f"{value.name}: float64 has no WGSL type; cast it to float32"
-        if value.dtype not in FLOATS and value.dtype not in ("i64", "i32", "i16", "i8", "u8", "bool"):
+        if value.dtype not in FLOATS and value.dtype not in ("i64", "i32", "u32", "i16", "i8", "u8", "bool"):
             return f"{value.name}: dtype {value.dtype} is not supported"
     return op.supports(graph, node)
 

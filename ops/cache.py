@@ -1,15 +1,20 @@
-"""Writes into KV caches: `llama.update_cache` and `llama.update_cache_with_indices`.
+"""Writes into KV caches: `llama.update_cache`, `llama.update_cache_with_indices` and, for ragged batches,
+`webgpu.update_cache`.
 
-Both return the new cache. Where it takes over the buffer of the old one only the new rows are written.
+All return the new cache. Where it takes over the buffer of the old one only the new rows are written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .. import wgsl
 from ..backend.graph import Dim, Graph, Node, Ref, Sym
 from .base import Dispatch, Lowering, register
 from .copies import Axis, Moving, Rows, Side, copy_all, detached, indexed_copy, side, strided_copy
+from .lengths import PART, batch_fits, lengths_reason, require_totals
+
+UPDATE = "webgpu.update_cache"
 
 _INT_MAX = 2**31 - 1
 
@@ -116,6 +121,48 @@ def lower_update_with_indices(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
     yield from indexed_copy(ctx, source, side(ctx, out), Rows(rows.value, row, capacity, 0), axes, scatter=True)
 
 
+def supports_update_ragged(graph: Graph, node: Node) -> str | None:
+    """`webgpu.update_cache`: value [B, S, H, D], cache [B, C, H, D] of one float dtype, `lengths` of
+    `webgpu.lengths`."""
+    reason = _supports(graph, Node(node.op, {**node.args, "start_pos": 0}, node.outputs, node.name))
+    if reason is not None:
+        return reason
+    cache, out = graph.value(node.args["cache"]), graph.values[node.outputs[0]]
+    if cache.dtype not in ("f32", "f16", "bf16"):
+        return f"cache {cache.name} has dtype {cache.dtype}; float32, float16 and bfloat16 are supported"
+    if (out.dtype, out.shape) != (cache.dtype, cache.shape):
+        return f"the new cache is {out.dtype}{list(out.shape)}, {cache.name} {cache.dtype}{list(cache.shape)}"
+    if node.args.get("lengths") is None:
+        return "lengths is missing"
+    return lengths_reason(graph, node.args["lengths"], cache.shape[0])
+
+
+def lower_update_ragged(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
+    """new = cache with new[b, past + s] = value[b, s] for s < new, where (past, new) = lengths[b]."""
+    value, cache, out, lengths = _ref(node, "value"), _ref(node, "cache"), ctx.out(node), _ref(node, "lengths")
+    batch, length, heads, size = ctx.shape(value)
+    capacity, row = ctx.shape(cache)[1], heads * size
+    require_totals(ctx, lengths, capacity, f"the rows of cache {ctx.value(cache).name} ({capacity})")
+    yield from copy_all(ctx, cache, out)
+    if batch * length * row == 0 or not batch_fits(ctx, lengths, batch):
+        return
+    source, before = detached(ctx, value, out)
+    yield from before
+    unit = 1 if row % 4 else 4
+    count = batch * length * row // unit
+    kinds = {"X": ctx.stored_as(source.value, source.dtype), "Cache": ctx.wgsl_type(out)}
+    yield Dispatch(
+        "update_cache",
+        {"value": source.value, "cache": out.value, "lengths": lengths.value},
+        {"count": count, "rows": length, "row": row // unit, "capacity": capacity},
+        ctx.grid_1d(count, 64),
+        consts={"LENGTHS": batch},
+        types=kinds if unit == 1 else {name: f"vec4<{kind}>" for name, kind in kinds.items()},
+        body=wgsl.source(PART),
+    )
+
+
+register(UPDATE, supports=supports_update_ragged, lower=lower_update_ragged, inplace={0: "cache"})
 register("llama.update_cache.default", supports=supports_update, lower=lower_update, inplace={0: "cache"})
 register(
     "llama.update_cache_with_indices.default",

@@ -9,6 +9,9 @@ Arguments:
     key_cache, value_cache: [B, C, Hkv, D], of any float dtype, and [B, C, Hv, Dv], of the dtype of value.
     cos, sin, start, rot, interleaved: as of `webgpu.rope`.
     start_pos: cache row of the first position, live. Rows start_pos .. start_pos + S - 1 are written.
+    lengths: None, or i32[B, 4] of `webgpu.lengths`: (past, new, 0, 0) of each batch row. Position s of a row takes
+        table row and cache row past + s; start and start_pos are ignored. Positions s >= new are padding: their rotated
+        query is zero and they are not written. The grids in `sizes` are those of the batch row with most splits.
     kv_limit, window: those of the attention that follows (`webgpu.attention`), at the same start_pos.
 
 Results: the rotated query, in its shape; the new caches, which may take over the buffers of the old ones; and `sizes`,
@@ -22,13 +25,14 @@ from collections.abc import Iterator, Mapping
 from math import prod
 
 from .. import wgsl
-from ..backend.graph import Arg, Dim, Graph, Node, Ref, Sym, make_dim
-from .attention_common import LIMITS_OF_KEYS, Problem, as_bhsd, number
+from ..backend.graph import Arg, Dim, Graph, Node, Ref, Sym
+from .attention_common import LIMITS_OF_KEYS, Problem, as_bhsd, limit_of, number
 from .attention_decode import SIZES_WORDS, StreamChoice, grids, live_stream
 from .base import Const, Dispatch, Lowering, Param, register
 from .cache import supports_update
 from .copies import Side, copy_all, detached, side
-from .rope import FLOATS, LAYOUTS
+from .lengths import PART, batch_fits, lengths_consts, lengths_parts, lengths_reason, require_totals
+from .rope import FLOATS, LAYOUTS, require_rows
 from .rope import supports as supports_rope
 
 NAME = "webgpu.rope_cache"
@@ -93,6 +97,9 @@ def supports(graph: Graph, node: Node) -> str | None:
             return f"cache {cache.name} is {cache.dtype}, the new one {new.dtype}"
     if sizes.dtype != "i32" or sizes.shape != (SIZES_WORDS,):
         return f"sizes is {sizes.dtype}{list(sizes.shape)}; it must be i32[{SIZES_WORDS}]"
+    reason = lengths_reason(graph, node.args.get("lengths"), q_shape[0])
+    if reason is not None:
+        return reason
     if node.args["kv_limit"] not in LIMITS_OF_KEYS:
         return f"kv_limit is {node.args['kv_limit']!r}; it must be one of {LIMITS_OF_KEYS}"
     window = node.args["window"]
@@ -116,7 +123,8 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
     _require(ctx, node, rows, capacity, table_rows)
     yield from copy_all(ctx, _ref(node, "key_cache"), keys)
     yield from copy_all(ctx, _ref(node, "value_cache"), values)
-    if batch * rows == 0 or table_rows == 0:
+    lengths = args.get("lengths")
+    if batch * rows == 0 or table_rows == 0 or not batch_fits(ctx, lengths, batch):
         return
     read: dict[str, Side] = {}
     for variable, name in _READ.items():
@@ -132,10 +140,10 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         batch * rows * v_heads * v_size // v_unit,
     )
     q_groups, k_groups, v_groups = (sum(-(-c // WORKGROUP) for c in counts[: i + 1]) for i in range(3))
-    position = ctx.live(_dim(args["start_pos"]))
+    position = ctx.live(_dim(args["start_pos"]) if lengths is None else 0)
     known: dict[str, Param] = {
         "start_pos": position,
-        "start": ctx.live(_dim(args.get("start", 0))),
+        "start": ctx.live(_dim(args.get("start", 0)) if lengths is None else 0),
         "last": capacity - rows,
         "rows": rows,
         "capacity": capacity,
@@ -153,12 +161,15 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         "key_cache": keys.value,
         "value_cache": values.value,
     }
-    kernel, parts, groups = "rope_cache", ["rope_cache_moves", _PAIRS[unit]], v_groups
+    if lengths is not None:
+        bindings["lengths"] = ctx.id(lengths)
+    kernel, parts, groups = "rope_cache", [PART, "rope_cache_moves", _PAIRS[unit]], v_groups
     divided: dict[str, Const] = {}
     problem = _problem(batch, heads, kv_heads, rows, capacity, size, v_heads, v_size)
     choice = None if problem is None else live_stream(ctx, {"key": keys, "value": values}, problem)
     if problem is not None and choice is not None:
         kernel, groups = "rope_cache_sizes", v_groups + 1
+        parts += [part for part in lengths_parts(lengths is not None) if part != PART]
         parts += ["attention_rules", "attention_splits"]
         bindings["sizes"] = sizes.value
         divided = {"START": position, "SPLITS": choice.splits, "SPLIT_TILE": choice.split_tile}
@@ -182,6 +193,7 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
             "UNIT": unit,
             "INTERLEAVED": args["interleaved"] is True,
             "HEADS_FIRST": args["layout"] == "bhsd",
+            **lengths_consts(lengths is not None, batch),
             **divided,
         },
         types={
@@ -198,10 +210,11 @@ _LETTERS = {"Q": "query", "K": "key", "V": "value", "Cos": "cosines", "Sin": "si
 
 def _require(ctx: Lowering, node: Node, rows: int, capacity: int, table_rows: int) -> None:
     """The host checks of `webgpu.rope` and `llama.update_cache`."""
-    start, position = _dim(node.args.get("start", 0)), _dim(node.args["start_pos"])
-    of = f"of the rotary table ({table_rows} rows)"
-    ctx.require(start, 0, max(table_rows - 1, 0), f"{node.name}: first row {of}")
-    ctx.require(make_dim("add", start, rows), 1, table_rows, f"{node.name}: end of the rows read {of}")
+    position = _dim(node.args["start_pos"])
+    require_rows(ctx, node, _dim(node.args.get("start", 0)), rows, table_rows)
+    if node.args.get("lengths") is not None:
+        require_totals(ctx, node.args["lengths"], capacity, f"the rows of the caches ({capacity})")
+        return
     for name in ("key_cache", "value_cache"):
         cache = ctx.value(node.args[name]).name
         what = f"writing {rows} rows into cache {cache} of capacity {capacity} at start_pos {position}"
@@ -230,7 +243,7 @@ def _split_params(args: Mapping[str, Arg], problem: Problem, choice: StreamChoic
     split, merge = grids(problem, choice)
     return {
         "batch": problem.batch,
-        "limit": LIMITS_OF_KEYS.index(str(args["kv_limit"])),
+        "limit": limit_of(args),
         "window": int(number(args["window"])),
         "split_grid": (*split, 0),
         "merge_grid": (*merge, 0),

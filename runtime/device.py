@@ -111,6 +111,7 @@ class Device:
         gpu: the wgpu device.
         limits: what kernels are chosen by.
         counters, memory: what happened on the device so far.
+        lock: held by a thread from the first write of a step until its submit, so that threads may share the device.
     """
 
     _default: Device | None = None
@@ -136,6 +137,7 @@ class Device:
         )
         self.counters = Counters()
         self.memory = MemoryUse()
+        self.lock = threading.RLock()
         self._kernels: dict[KernelKey, Kernel] = {}
         self._null: Any = None
         if "subgroup" in self.features:
@@ -186,9 +188,12 @@ class Device:
     def name(self) -> str:
         return str(self.adapter.summary)
 
-    def buffer(self, size: int, purpose: str, label: str, usage: int | None = None) -> Any:
+    def buffer(self, size: int, purpose: str, label: str, usage: int | None = None, *, uniform: bool = False) -> Any:
         """A GPU buffer of at least `size` bytes (rounded up to 16), counted under `purpose`.
 
+        Args:
+            usage: None: a tensor's.
+            uniform: besides, it may be bound as a uniform buffer.
         Raises:
             DeviceError: larger than the device allows, or the device is out of memory.
         """
@@ -201,6 +206,8 @@ class Device:
         if usage is None:
             usage = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_SRC | wgpu.BufferUsage.COPY_DST
             usage |= wgpu.BufferUsage.INDIRECT
+            if uniform:
+                usage |= wgpu.BufferUsage.UNIFORM
         try:
             made = self.gpu.create_buffer(label=label, size=size, usage=usage)
         except Exception as error:
@@ -246,7 +253,7 @@ class Device:
     def null_buffer(self) -> Any:
         """A small zero buffer for shader variables that a variant does not use."""
         if self._null is None:
-            self._null = self.buffer(256, "other", "null")
+            self._null = self.buffer(256, "other", "null", uniform=True)
         return self._null
 
     def kernel(self, key: KernelKey) -> Kernel:

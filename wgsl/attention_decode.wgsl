@@ -13,7 +13,7 @@
 //
 // Memory traffic: K and V once for each ROWS rows, coalesced in 128-byte runs; partial results (DV + 2) * 4 bytes a row and split.
 // Workgroup memory: ROWS * (1284 + 4 * D) bytes about; ops/attention_lower.py picks ROWS by it. Versions tried: this one only.
-// Appended: attention_rules.wgsl, attention_scores.wgsl, attention_loads.wgsl.
+// Appended: attention_whole.wgsl or ragged_rows.wgsl with attention_ragged.wgsl, attention_rules.wgsl, attention_splits.wgsl, attention_scores.wgsl, attention_loads.wgsl.
 
 @group(0) @binding(0) var<storage, read> query: array<Q>;
 @group(0) @binding(1) var<storage, read> key: array<K>;
@@ -42,6 +42,7 @@ struct Params {
 }
 @group(0) @binding(6) var<uniform> params: Params;
 @group(0) @binding(7) var<uniform> live: array<vec4<i32>, 16>;
+@group(0) @binding(8) var<uniform> lengths: array<vec4<i32>, LENGTHS>;
 
 const KEYS = 32u;
 const LANES = 64u;
@@ -136,7 +137,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     let seen = key_first(b, 0u);
     let split_begin = seen + split * split_keys(b);
     let split_end = min(split_begin + split_keys(b), key_limit(b, rows_of(b) - 1u));
-    if (split_begin >= split_end) {
+    if (split_begin >= split_end || (RAGGED && tile0 >= count)) {
         return;
     }
     let row_a = tile0 / params.group;

@@ -25,8 +25,8 @@
 // Unchecked: rows are clamped to the last one, keys to the last one below key_limit <= capacity (nothing is loaded where there is none),
 // columns are below D4 and DV4; the host has checked that the tensors have these sizes; mask and sink are read at clamped rows and heads;
 // indices of workgroup memory follow from lane < LANES.
-// Appended: attention_rules.wgsl, attention_scores.wgsl, attention_flash_ranges.wgsl, attention_flash_loads.wgsl,
-// attention_flash_tiles.wgsl, `neighbour`.
+// Appended: attention_whole.wgsl or ragged_rows.wgsl with attention_ragged.wgsl, attention_rules.wgsl, attention_scores.wgsl, attention_flash_ranges.wgsl,
+// attention_flash_cells.wgsl or attention_flash_packed.wgsl, attention_flash_loads.wgsl, attention_flash_tiles.wgsl, `neighbour`.
 
 @group(0) @binding(0) var<storage, read> queries: array<QVec>;
 @group(0) @binding(1) var<storage, read> key: array<K>;
@@ -58,6 +58,7 @@ struct Params {
 }
 @group(0) @binding(6) var<uniform> params: Params;
 @group(0) @binding(7) var<uniform> live: array<vec4<i32>, 16>;
+@group(0) @binding(8) var<uniform> lengths: array<vec4<i32>, LENGTHS>;
 
 const KEYS = 64u;
 const LANES = 2u * QROWS;
@@ -86,7 +87,7 @@ struct Rows {
 }
 
 fn rows_at(number: u32, b: u32, kv_head: u32) -> Rows {
-    let n = min(vec4<u32>(number) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(params.group * rows_of(b) - 1u));
+    let n = min(vec4<u32>(number) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(last_number(b)));
     let row = n / params.group;
     return Rows(row, kv_head * params.group + (n - row * params.group));
 }
@@ -184,7 +185,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
         end = min(end, begin + size);
     }
     let row_a = row0 / params.group;
-    let row_z = (min(row0 + QROWS, params.group * rows_of(b)) - 1u) / params.group;
+    let row_z = min(row0 + QROWS - 1u, last_number(b)) / params.group;
     let all_from = key_first(b, row_z); // keys in [all_from, all_to) are in the range of every row
     let all_to = key_limit(b, row_a);
 
@@ -195,7 +196,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     let k_base = b * params.k_b + kv_head * params.k_h;
     let v_base = b * params.v_b + kv_head * params.v_h;
     let steps = vec4<u32>(0u, 1u, 2u, 3u) * (LANES / CHUNK);
-    let loaded = min(row0 + lane / CHUNK + steps, vec4<u32>(params.group * rows_of(b) - 1u));
+    let loaded = min(row0 + lane / CHUNK + steps, vec4<u32>(last_number(b)));
     let loaded_row = loaded / params.group;
     let loaded_head = kv_head * params.group + (loaded - loaded_row * params.group);
     let q_bases = b * params.q_b + loaded_row * params.q_s + loaded_head * params.q_h;

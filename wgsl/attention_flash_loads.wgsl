@@ -3,7 +3,7 @@
 // that a computation can stand between them. Columns that do not exist are zeros; in the place of
 // rows that do not exist stands the last one, whose scores are hidden or never stored.
 //
-// Needs the bindings, params and constants of attention_flash.wgsl.
+// Needs the bindings, params and constants of attention_flash.wgsl, and attention_flash_cells.wgsl or attention_flash_packed.wgsl.
 
 const EVEN_CHUNKS = D4 % CHUNK == 0u; // every chunk is full, so no column needs a test
 const EVEN_SLOTS = KEYS * K_SLOTS % LANES == 0u; // every load of keys is one for all lanes
@@ -25,7 +25,7 @@ fn fetch_key(i: u32, key0: u32, end: u32, base: u32, chunk: u32) -> vec4<u32> {
     let j = min(key0 + i / K_SLOTS, end - 1u);
     let c = chunk * CHUNK + (i % K_SLOTS) * KSTEP;
     if ((EVEN_SLOTS || i < KEYS * K_SLOTS) && (EVEN_CHUNKS || c < D4)) {
-        return bitcast<vec4<u32>>(KWide(key[(base + j * params.k_s) / (4u * KSTEP) + c / KSTEP]));
+        return key_bits(base + j * params.k_s, c);
     }
     return vec4<u32>();
 }
@@ -87,7 +87,7 @@ fn fetch_value(i: u32, key0: u32, end: u32, base: u32, column0: u32) -> vec4<u32
     let j = min(key0 + i / V_SLOTS, end - 1u);
     let c = column0 + (i % V_SLOTS) * VSTEP;
     if ((EVEN_VALUES || i < VKEYS * V_SLOTS) && (DV4 % VW == 0u || c < DV4)) {
-        return bitcast<vec4<u32>>(VWide(value[(base + j * params.v_s) / (4u * VSTEP) + c / VSTEP]));
+        return value_bits(base + j * params.v_s, c);
     }
     return vec4<u32>();
 }
@@ -130,13 +130,24 @@ fn out_at(number: u32, b: u32, kv_head: u32, split: u32) -> u32 {
     return (b * params.o_b + row * params.o_s + h * params.o_h) >> 2u;
 }
 
+/// x, or zeros where the row is padding.
+fn kept(x: vec4<f32>, number: u32, b: u32) -> vec4<f32> {
+    if (RAGGED) {
+        return select(vec4<f32>(), x, number < params.group * rows_of(b));
+    }
+    return x;
+}
+
 fn store(acc: mat4x4<f32>, number: u32, b: u32, kv_head: u32, split: u32, c: u32) {
-    let count = params.group * rows_of(b);
+    var count = params.group * rows_of(b);
+    if (RAGGED && SPLIT == 0u) {
+        count = params.group * params.rows; // padding is written here; of split keys, by the merge
+    }
     if (c < DV4) {
-        if (number < count) { out[out_at(number, b, kv_head, split) + c] = OutVec(acc[0]); }
-        if (number + 1u < count) { out[out_at(number + 1u, b, kv_head, split) + c] = OutVec(acc[1]); }
-        if (number + 2u < count) { out[out_at(number + 2u, b, kv_head, split) + c] = OutVec(acc[2]); }
-        if (number + 3u < count) { out[out_at(number + 3u, b, kv_head, split) + c] = OutVec(acc[3]); }
+        if (number < count) { out[out_at(number, b, kv_head, split) + c] = OutVec(kept(acc[0], number, b)); }
+        if (number + 1u < count) { out[out_at(number + 1u, b, kv_head, split) + c] = OutVec(kept(acc[1], number + 1u, b)); }
+        if (number + 2u < count) { out[out_at(number + 2u, b, kv_head, split) + c] = OutVec(kept(acc[2], number + 2u, b)); }
+        if (number + 3u < count) { out[out_at(number + 3u, b, kv_head, split) + c] = OutVec(kept(acc[3], number + 3u, b)); }
     }
 }
 

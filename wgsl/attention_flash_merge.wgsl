@@ -10,7 +10,7 @@
 // Memory traffic: splits * (DV + 4) * 4 bytes read, DV elements written a row. Versions tried: this one only.
 // Unchecked: flat is below total, so rows, heads and batch rows exist; splits < used <= params.splits; columns below DV4; `states` has
 // ROWS * params.splits <= LANES entries, since ops/attention_flash.py takes ROWS = 1 where SUBS is less than the splits, and 64 splits at most.
-// Appended: attention_rules.wgsl, attention_flash_ranges.wgsl.
+// Appended: attention_whole.wgsl or ragged_rows.wgsl with attention_ragged.wgsl, attention_rules.wgsl, attention_flash_ranges.wgsl.
 
 @group(0) @binding(0) var<storage, read> partial: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read> sink: array<Sink>;
@@ -30,6 +30,7 @@ struct Params {
 }
 @group(0) @binding(3) var<uniform> params: Params;
 @group(0) @binding(4) var<uniform> live: array<vec4<i32>, 16>;
+@group(0) @binding(5) var<uniform> lengths: array<vec4<i32>, LENGTHS>;
 
 const LOWEST: f32 = -3.4028234663852886e38;
 const LOG2E = 1.4426950408889634;
@@ -46,6 +47,9 @@ fn used_splits(flat: u32) -> u32 {
     let s = flat % params.rows;
     let h = (flat / params.rows) % params.heads;
     let b = flat / params.rows / params.heads;
+    if (RAGGED && s >= rows_of(b)) {
+        return 0u; // padding: zero
+    }
     let range = tile_keys(b, (s * params.group + h % params.group) / QROWS);
     let size = max(range_size(range.y - range.x), 1u);
     return (range.y - range.x + size - 1u) / size;

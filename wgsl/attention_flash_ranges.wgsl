@@ -4,10 +4,20 @@
 // Row number n of a KV head is query row n / group and head n % group of the heads that share it; a tile is QROWS such rows.
 // Needs params.group, params.splits; const QROWS, KEYS.
 
-/// The first key that any row of the tile sees, and the end of those keys. The tile must have a row.
+/// The last row number of batch row b, 0 if there is none.
+fn last_number(b: u32) -> u32 {
+    if (RAGGED) {
+        return max(params.group * rows_of(b), 1u) - 1u;
+    }
+    return params.group * rows_of(b) - 1u;
+}
+
+/// The first key that any row of the tile sees, and the end of those keys: nothing where all its rows are padding.
 fn tile_keys(b: u32, tile: u32) -> vec2<u32> {
-    let count = params.group * rows_of(b);
-    let end = key_limit(b, (min((tile + 1u) * QROWS, count) - 1u) / params.group);
+    if (RAGGED && tile * QROWS >= params.group * rows_of(b)) {
+        return vec2<u32>();
+    }
+    let end = key_limit(b, min((tile + 1u) * QROWS - 1u, last_number(b)) / params.group);
     return vec2<u32>(min(key_first(b, tile * QROWS / params.group), end), end);
 }
 

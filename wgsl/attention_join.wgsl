@@ -5,12 +5,12 @@
 // One group of 32 lanes: four vec4 columns of one row (batch row, query row, head); a workgroup has four such groups, BLOCKS workgroups a row.
 // Lane (g, c) holds the partial results of splits g, g + 8, .. g + 56 in column c, and the tops and sums of splits lane and lane + 32. All loads are asked
 // for at once, before it is known how many splits have keys; tops, sums and columns then meet by shuffles.
-// Where only one split has keys, the kernel before wrote the result itself.
+// Where only one split has keys, and where a row is padding, the kernel before wrote the result itself.
 //
 // Memory traffic: splits * (DV + 2 * BLOCKS * 4) * 4 bytes read, DV elements written a row. At most 64 splits.
 // Unchecked: splits are below SPLITS <= 64, columns below DV; rows are the grid's.
 // Versions: docs/KERNELS.md.
-// Appended: attention_rules.wgsl, attention_splits.wgsl.
+// Appended: attention_whole.wgsl or ragged_rows.wgsl with attention_ragged.wgsl, attention_rules.wgsl, attention_splits.wgsl.
 
 @group(0) @binding(0) var<storage, read> partial: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read> ml: array<vec2<f32>>;
@@ -28,6 +28,7 @@ struct Params {
 }
 @group(0) @binding(4) var<uniform> params: Params;
 @group(0) @binding(5) var<uniform> live: array<vec4<i32>, 16>;
+@group(0) @binding(6) var<uniform> lengths: array<vec4<i32>, LENGTHS>;
 
 const LOWEST: f32 = -3.4028234663852886e38;
 const DV4 = DV / 4u;
@@ -79,7 +80,7 @@ fn main(
     let low = entry(rows, lane);
     let high = entry(rows, lane + 32u);
 
-    let used = used_splits(b);
+    let used = splits_of_row(b, s);
     if (used <= 1u) {
         return;
     }

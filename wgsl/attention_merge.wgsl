@@ -5,12 +5,12 @@
 // over the splits that have keys (as many as the live length makes; what stands in the others is not read), with the head's sink as one
 // more term of the sum. One workgroup: one row (batch row, query row, head). Lane (sub, column) sums every SUBS-th split of one vec4 column; it
 // asks for its first eight partial results before the splits' tops are compared, so that nothing waits for one load after another; wide heads take several rounds.
-// ALONE: where only one split has keys, the kernel before wrote the result itself.
+// ALONE: where only one split has keys, and where a row is padding, the kernel before wrote the result itself; else padding is zero here.
 //
 // Memory traffic: splits * (DV + 2) * 4 bytes read, DV elements written a row. At most 64 splits.
 // Unchecked: splits are below `used` <= SPLITS <= 64, columns below DV, rows are the grid's.
 // Versions: docs/KERNELS.md.
-// Appended: attention_rules.wgsl, attention_splits.wgsl.
+// Appended: attention_whole.wgsl or ragged_rows.wgsl with attention_ragged.wgsl, attention_rules.wgsl, attention_splits.wgsl.
 
 @group(0) @binding(0) var<storage, read> partial: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read> ml: array<vec2<f32>>;
@@ -29,6 +29,7 @@ struct Params {
 }
 @group(0) @binding(4) var<uniform> params: Params;
 @group(0) @binding(5) var<uniform> live: array<vec4<i32>, 16>;
+@group(0) @binding(6) var<uniform> lengths: array<vec4<i32>, LENGTHS>;
 
 const LOWEST: f32 = -3.4028234663852886e38;
 const MOST = 64u; // splits at most
@@ -92,7 +93,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
         own = ml[flat * SPLITS + lane];
     }
     // how many splits have keys is known later than the loads above can begin
-    let used = used_splits(b);
+    let used = splits_of_row(b, s);
     if (ALONE && used <= 1u) {
         return;
     }

@@ -3,7 +3,7 @@
 //   out[b, s, h, :] = sum_j p_j value[b, j, h / group, :],  p = softmax_j(mask + cap(scale * query[b, s, h, :] . key[b, j, h / group, :]))
 //
 // Two passes over the keys (the largest score, then the sums), each of which computes every score again: D * keys multiplications an
-// element and no workgroup memory. Used on request only (`route="naive"`). Appended: attention_rules.wgsl, attention_scores.wgsl, attention_loads.wgsl.
+// element and no workgroup memory. Used on request only (`route="naive"`). Appended: attention_whole.wgsl or ragged_rows.wgsl with attention_ragged.wgsl, attention_rules.wgsl, attention_scores.wgsl, attention_loads.wgsl.
 
 @group(0) @binding(0) var<storage, read> query: array<Q>;
 @group(0) @binding(1) var<storage, read> key: array<K>;
@@ -33,6 +33,7 @@ struct Params {
 }
 @group(0) @binding(6) var<uniform> params: Params;
 @group(0) @binding(7) var<uniform> live: array<vec4<i32>, 16>;
+@group(0) @binding(8) var<uniform> lengths: array<vec4<i32>, LENGTHS>;
 
 fn score(b: u32, h: u32, row: u32, j: u32) -> f32 {
     let q = b * params.q_b + row * params.q_s + h * params.q_h;
@@ -55,7 +56,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     let row = (i / DV / params.heads) % params.rows;
     let b = i / DV / params.heads / params.rows;
     let first = key_first(b, row);
-    let limit = key_limit(b, row);
+    let limit = select(key_limit(b, row), 0u, row >= rows_of(b)); // padding sees nothing: zero
 
     var top = LOWEST;
     var sum = 0.0;

@@ -13,7 +13,7 @@
 // Memory traffic: K and V once for each tile of rows and each query head (heads of one KV head run next to each other, for the cache's
 // sake); Q once for each key tile. Workgroup memory: 9 * 16 * (QROWS + 32) + 16 * 40 * GROUPS bytes (14.4 KiB at 32 rows).
 // Versions tried: this one only.
-// Appended: attention_rules.wgsl, attention_scores.wgsl, attention_loads.wgsl.
+// Appended: attention_whole.wgsl or ragged_rows.wgsl with attention_ragged.wgsl, attention_rules.wgsl, attention_scores.wgsl, attention_loads.wgsl.
 
 @group(0) @binding(0) var<storage, read> query: array<Q>;
 @group(0) @binding(1) var<storage, read> key: array<K>;
@@ -44,6 +44,7 @@ struct Params {
 }
 @group(0) @binding(6) var<uniform> params: Params;
 @group(0) @binding(7) var<uniform> live: array<vec4<i32>, 16>;
+@group(0) @binding(8) var<uniform> lengths: array<vec4<i32>, LENGTHS>;
 
 const KEYS = 32u;
 const CHUNK = 8u; // vec4 columns
@@ -115,9 +116,13 @@ fn rescaled(acc: mat4x4<f32>, by: vec4<f32>) -> mat4x4<f32> {
     return mat4x4<f32>(acc[0] * by.x, acc[1] * by.y, acc[2] * by.z, acc[3] * by.w);
 }
 
-fn store_row(x: vec4<f32>, b: u32, h: u32, row: u32, c: u32) {
-    if (row >= rows_of(b) || c >= DV) {
+fn store_row(own: vec4<f32>, b: u32, h: u32, row: u32, c: u32) {
+    if (row >= params.rows || c >= DV) {
         return;
+    }
+    var x = own;
+    if (RAGGED && row >= rows_of(b)) {
+        x = vec4<f32>(); // padding
     }
     let at = b * params.o_b + row * params.o_s + h * params.o_h + c;
     out[at] = Out(x.x);
@@ -146,7 +151,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     let row0 = (params.tiles - 1u - part / PASSES) * QROWS; // the tiles with most keys first
     let last = min(row0 + QROWS, rows_of(b)) - 1u;
     let begin = key_first(b, row0);
-    let end = key_limit(b, last);
+    var end = key_limit(b, last);
+    if (RAGGED && row0 >= rows_of(b)) {
+        end = begin; // all rows are padding
+    }
     let all_from = key_first(b, last); // keys in [all_from, all_to) are in the range of every row
     let all_to = key_limit(b, row0);
 

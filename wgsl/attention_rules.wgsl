@@ -1,19 +1,9 @@
 // No kernel: rules that the attention kernels share, appended to each of them (see ops/attention_lower.py).
-// Which keys a query row may see. Everything that may one day differ between batch rows (keys before the first query, number of
-// query rows) is read through `past_of` and `rows_of` alone.
+// Which keys a query row may see. What may differ between batch rows (keys before the first query, number of query rows) is read through
+// `past_of` and `rows_of` alone, which attention_whole.wgsl or attention_ragged.wgsl has.
 //
-// Needs: `live`, const START (slot of the keys before the first query), params.rows, params.capacity, params.window (0: none), params.limit (0 causal, 1 prefix, 2 all).
+// Needs: params.capacity, params.window (0: none), params.limit (0 causal, 1 prefix, 2 all; never 2 in a ragged batch).
 // These are numbers, not constants of the shader, so that layers with and without a window share one pipeline.
-
-/// Keys in the cache before the first query of batch row b. The host has checked that it is not negative.
-fn past_of(b: u32) -> u32 {
-    return u32(max(live_value(START), 0));
-}
-
-/// Query rows of batch row b.
-fn rows_of(b: u32) -> u32 {
-    return params.rows;
-}
 
 /// Row `row` sees no key at or past this one. Never more than the capacity; grows with `row`.
 fn key_limit(b: u32, row: u32) -> u32 {

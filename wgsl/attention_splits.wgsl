@@ -2,7 +2,7 @@
 // write the sizes of their grids; appended to them after attention_rules.wgsl. Needs const SPLITS (most splits) and SPLIT_TILE (a
 // split is a multiple of so many keys, but for the last).
 
-/// Keys that any row of batch row b sees.
+/// Keys that any row of batch row b sees. It must have a row.
 fn seen_keys(b: u32) -> u32 {
     let end = key_limit(b, rows_of(b) - 1u);
     return end - min(key_first(b, 0u), end);
@@ -18,4 +18,12 @@ fn split_keys(b: u32) -> u32 {
 fn used_splits(b: u32) -> u32 {
     let size = max(split_keys(b), SPLIT_TILE);
     return (seen_keys(b) + size - 1u) / size;
+}
+
+/// Splits that have keys, and of which row `row` has partial results: none where the row is padding.
+fn splits_of_row(b: u32, row: u32) -> u32 {
+    if (RAGGED && row >= rows_of(b)) {
+        return 0u;
+    }
+    return used_splits(b);
 }

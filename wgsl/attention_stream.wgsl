@@ -11,11 +11,14 @@
 // back to all lanes by quad broadcasts. The softmax state is in registers and rescaled only when a maximum rises: the loop has no barrier.
 // Slots meet at the end: by shuffles within SUBGROUP lanes, then in workgroup memory, after one barrier.
 //
+// Ragged batches: a batch row's keys are split by its own length, so the workgroups past its splits leave, as do those of which all rows are
+// padding; split 0 writes zeros for the padding.
+//
 // Memory traffic: (D + DV) * element size bytes a key and KV head, once; partial results (DV + 2) * 4 bytes a row and split.
 // Unchecked: keys are below `end` <= capacity, columns below D and DV, rows below `count`; splits, heads and batch rows are the grid's.
 // Versions: docs/KERNELS.md.
-// Appended: attention_rules.wgsl, attention_splits.wgsl, attention_scores.wgsl, attention_rows_<ROWS>.wgsl, and
-// attention_cells_f16.wgsl or attention_cells_f32.wgsl.
+// Appended: attention_whole.wgsl or ragged_rows.wgsl with attention_ragged.wgsl, attention_rules.wgsl, attention_splits.wgsl, attention_scores.wgsl, attention_rows_<ROWS>.wgsl, and
+// attention_cells_<type of the caches>.wgsl (f16, f32; i8, i4 with attention_scales.wgsl, which need a device that binds 10 storage buffers).
 
 @group(0) @binding(0) var<storage, read> query: array<Q>;
 @group(0) @binding(1) var<storage, read> key: array<Cell>;
@@ -46,6 +49,7 @@ struct Params {
 }
 @group(0) @binding(8) var<uniform> params: Params;
 @group(0) @binding(9) var<uniform> live: array<vec4<i32>, 16>;
+@group(0) @binding(10) var<uniform> lengths: array<vec4<i32>, LENGTHS>;
 
 const LOG2E: f32 = 1.4426950408889634;
 const LN2: f32 = 0.6931471805599453;
@@ -136,12 +140,31 @@ fn judged(x: Rows, b: u32, tile0: u32, count: u32, kv_head: u32, j: u32, end: u3
     return s;
 }
 
+/// Zeros for the workgroup's rows that are padding.
+fn clear_padding(lane: u32, first_row: u32, count: u32, b: u32, kv_head: u32) {
+    for (var i = lane; i < TILES * ROWS * DV4; i += LANES) {
+        let number = first_row + i / DV4;
+        if (number >= count && number < GROUP * params.rows) {
+            let at = place(number, kv_head);
+            out[((b * params.o_b + at.x * params.o_s + at.y * params.o_h) >> 2u) + i % DV4] = Out();
+        }
+    }
+}
+
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let split = wid.x;
     let first_row = (wid.y % ROW_TILES) * (TILES * ROWS);
     let kv_head = wid.y / ROW_TILES;
     let b = wid.z;
+    if (RAGGED) {
+        if (split == 0u) { // which is there whatever the lengths are
+            clear_padding(lane, first_row, GROUP * rows_of(b), b, kv_head);
+        }
+        if (first_row >= GROUP * rows_of(b)) {
+            return;
+        }
+    }
 
     // the split's share of the keys that any row sees
     let size = split_keys(b);

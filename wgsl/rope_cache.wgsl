@@ -6,13 +6,16 @@
 // where rotated is that of rope.wgsl. See rope_cache_moves.wgsl, which has the work of an invocation; rope_cache_sizes.wgsl is the same kernel
 // with the sizes of attention's grids as one more result.
 //
+// RAGGED: past + s stands in the place of start_pos + s, with (past, new) = lengths[b]; positions s >= new are padding: nothing of them is read,
+// query_out is zero there and no cache row is written.
+//
 // A workgroup: 64 items of query, of key or of value; an item is two units of a vector that turn into each other, a unit that is copied, or
 // one of value. A unit is one element, or four of them.
 // Memory traffic: query, key and value are read once and their results written once; table rows come from the cache but for the first head.
 // Unchecked: items are below q_count, k_count and v_count; rows written are start_pos .. start_pos + rows - 1 with start_pos in 0 .. last, where
-// last = capacity - rows; table rows are clamped to table_rows - 1.
+// last = capacity - rows, or past .. past + new - 1 with new clamped to capacity - past; table rows are clamped to table_rows - 1.
 // Versions tried: this one only.
-// Appended: rope_cache_moves.wgsl, and rope_cache_pairs_1.wgsl or rope_cache_pairs_4.wgsl.
+// Appended: ragged_rows.wgsl, rope_cache_moves.wgsl, and rope_cache_pairs_1.wgsl or rope_cache_pairs_4.wgsl.
 @group(0) @binding(0) var<storage, read> query: array<Q>;
 @group(0) @binding(1) var<storage, read> key: array<K>;
 @group(0) @binding(2) var<storage, read> value: array<V>;
@@ -40,6 +43,7 @@ struct Params {
 }
 @group(0) @binding(8) var<uniform> params: Params;
 @group(0) @binding(9) var<uniform> live: array<vec4<i32>, 16>;
+@group(0) @binding(10) var<uniform> lengths: array<vec4<i32>, LENGTHS>;
 
 @compute @workgroup_size(64)
 fn main(

@@ -37,8 +37,12 @@ fn ends_of(i: u32) -> vec2<u32> {
 }
 
 /// (u * cos_u - v * sin_u, v * cos_v + u * sin_v)
-fn rotated(x: Pair, position: u32, item: u32) -> Pair {
-    let row = min(u32(max(live_value(params.start), 0)) + position, params.table_rows - 1u);
+fn rotated(x: Pair, place: Place, item: u32) -> Pair {
+    var first = u32(max(live_value(params.start), 0));
+    if (RAGGED) {
+        first = given_past(place.batch);
+    }
+    let row = min(first + place.position, params.table_rows - 1u);
     let at_u = row * (WIDTH / UNIT) + item;
     let at_v = at_u + select(0u, TURNED, WIDTH == ROT);
     let cos_u = Wide(cosines[at_u]);
@@ -49,8 +53,16 @@ fn rotated(x: Pair, position: u32, item: u32) -> Pair {
     return joined(Pair(pair.u * cos_u - pair.v * sin_u, pair.v * cos_v + pair.u * sin_v));
 }
 
+/// Whether nothing of the position is read: it is padding.
+fn is_padding(place: Place) -> bool {
+    return RAGGED && place.position >= given_rows(place.batch);
+}
+
 /// First cache row that is written; negative: none may be, whoever advanced the position past the capacity.
-fn first_row() -> i32 {
+fn first_row(b: u32) -> i32 {
+    if (RAGGED) {
+        return i32(given_past(b));
+    }
     let start = live_value(params.start_pos);
     return select(start, -1, start > params.last);
 }
@@ -62,27 +74,41 @@ fn move_query(i: u32) {
     let vector = i / ITEMS;
     let item = i % ITEMS;
     let base = vector * UNITS;
+    let place = place_of(vector, params.heads);
+    let padding = is_padding(place);
     if (item >= TURNED) {
         let at = base + TURNED + item;
+        if (padding) {
+            query_out[at] = QOut();
+            return;
+        }
         query_out[at] = QOut(query[at]);
         return;
     }
     let ends = ends_of(item) + base;
+    if (padding) {
+        query_out[ends.x] = QOut();
+        query_out[ends.y] = QOut();
+        return;
+    }
     let x = Pair(Wide(query[ends.x]), Wide(query[ends.y]));
-    let y = rotated(x, place_of(vector, params.heads).position, item);
+    let y = rotated(x, place, item);
     query_out[ends.x] = QOut(y.u);
     query_out[ends.y] = QOut(y.v);
 }
 
 fn move_key(i: u32) {
-    let first = first_row();
-    if (i >= params.k_count || first < 0) {
+    if (i >= params.k_count) {
         return;
     }
     let vector = i / ITEMS;
     let item = i % ITEMS;
     let base = vector * UNITS;
     let place = place_of(vector, params.kv_heads);
+    let first = first_row(place.batch);
+    if (first < 0 || is_padding(place)) {
+        return;
+    }
     let row = place.batch * params.capacity + u32(first) + place.position;
     let target_base = (row * params.kv_heads + place.head) * UNITS;
     if (item >= TURNED) {
@@ -92,18 +118,22 @@ fn move_key(i: u32) {
     }
     let ends = ends_of(item);
     let x = Pair(Wide(key[base + ends.x]), Wide(key[base + ends.y]));
-    let y = rotated(x, place.position, item);
+    let y = rotated(x, place, item);
     key_cache[target_base + ends.x] = KCache(y.u);
     key_cache[target_base + ends.y] = KCache(y.v);
 }
 
 fn move_value(i: u32) {
-    let first = first_row();
-    if (i >= params.v_count || first < 0) {
+    if (i >= params.v_count) {
         return;
     }
     let number = i / params.v_row;
-    let row = number / params.rows * params.capacity + u32(first) + number % params.rows;
+    let place = Place(number / params.rows, number % params.rows, 0u);
+    let first = first_row(place.batch);
+    if (first < 0 || is_padding(place)) {
+        return;
+    }
+    let row = place.batch * params.capacity + u32(first) + place.position;
     value_cache[row * params.v_row + i % params.v_row] = VCache(value[i]);
 }
 

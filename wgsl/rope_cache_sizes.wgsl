@@ -3,13 +3,14 @@
 //     sizes[0..2] = grid of attention_stream: (splits that have keys, but at least 1; params.split_grid.yz)
 //     sizes[4..6] = grid of attention_merge: params.merge_grid, or (0, 0, 0) where only one split has keys, and the stream kernel writes the
 //                   result itself
+// of the batch row with most splits.
 //
 // The splits are those of the functions that both kernels use, so that none can be left out. The workgroup after those of rope_cache.wgsl
 // does it; they need not wait for it, nor it for them. For devices that bind more than 8 storage buffers.
 // Memory traffic: that of rope_cache.wgsl, and 32 bytes.
 // Unchecked: as rope_cache.wgsl; sizes has 8 elements.
 // Versions tried: this one only.
-// Appended: rope_cache_moves.wgsl, rope_cache_pairs_1.wgsl or rope_cache_pairs_4.wgsl, attention_rules.wgsl, attention_splits.wgsl.
+// Appended: ragged_rows.wgsl, rope_cache_moves.wgsl, rope_cache_pairs_1.wgsl or rope_cache_pairs_4.wgsl, attention_rules.wgsl, attention_splits.wgsl.
 @group(0) @binding(0) var<storage, read> query: array<Q>;
 @group(0) @binding(1) var<storage, read> key: array<K>;
 @group(0) @binding(2) var<storage, read> value: array<V>;
@@ -44,6 +45,7 @@ struct Params {
 }
 @group(0) @binding(9) var<uniform> params: Params;
 @group(0) @binding(10) var<uniform> live: array<vec4<i32>, 16>;
+@group(0) @binding(11) var<uniform> lengths: array<vec4<i32>, LENGTHS>;
 
 @compute @workgroup_size(64)
 fn main(
@@ -61,7 +63,7 @@ fn main(
     }
     var used = 1u;
     for (var b = 0u; b < params.batch; b++) {
-        used = max(used, used_splits(b));
+        used = max(used, splits_of_row(b, 0u)); // none of an idle batch row
     }
     let merge = select(vec4<u32>(), params.merge_grid, used > 1u);
     sizes[0] = used;

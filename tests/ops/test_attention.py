@@ -41,7 +41,7 @@ def test_peers_shapes(name: str, on: str) -> None:
 
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("route", ROUTES)
-def test_a12_large_logits(route: str, on: str) -> None:
+def test_A12_large_logits(route: str, on: str) -> None:
     """Logits of some hundreds: exp without the running maximum would overflow."""
     case = Case(4, 4, 32, 4, 16, route=route, scale=4.0)
     tensors = {name: 2.5 * x for name, x in arrays(case).items()}
@@ -56,7 +56,7 @@ def test_a12_large_logits(route: str, on: str) -> None:
     [Case(16, 8, 128, 128, 256), Case(16, 8, 128, 17, 64, 31), Case(16, 8, 128, 1, 64, 63)],
     ids=["A13", "A14", "decode"],
 )
-def test_a13_a14_half_caches(case: Case, kv_dtype: str, on: str) -> None:
+def test_A13_A14_half_caches(case: Case, kv_dtype: str, on: str) -> None:
     check(case.with_(kv_dtype=kv_dtype), on, **HALF)
 
 
@@ -77,7 +77,7 @@ def test_dtypes_are_independent(q: str, kv: str, out: str, route: str, on: str) 
 
 
 @pytest.mark.parametrize("on", DEVICES)
-def test_a17_context_lengths(on: str) -> None:
+def test_A17_context_lengths(on: str) -> None:
     """One row at every edge of tiles and lanes; lengths go up and down on one plan."""
     case = Case(8, 2, 64, 1, 160)
     tensors = arrays(case)
@@ -90,7 +90,7 @@ def test_a17_context_lengths(on: str) -> None:
 
 
 @pytest.mark.parametrize("on", DEVICES)
-def test_a18_rows_and_positions(on: str) -> None:
+def test_A18_rows_and_positions(on: str) -> None:
     """Both routes and their edges with a dynamic number of rows that shrinks and grows again."""
     loaded = Attention(Case(4, 2, 16, 65, 136), on, dynamic=True)
     try:
@@ -105,7 +105,7 @@ def test_a18_rows_and_positions(on: str) -> None:
 
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("case", [Case(1, 1, 128, 128, 128), Case(16, 1, 128, 8, 128)], ids=["prefill", "few"])
-def test_a19_every_key_of_a_tile_counts(case: Case, on: str) -> None:
+def test_A19_every_key_of_a_tile_counts(case: Case, on: str) -> None:
     """Query number k is such that key k alone decides, whose value is k."""
     case = case.with_(kv_limit="all", scale=1.0)
     q = 60 * np.eye(128, dtype=np.float32).reshape(1, case.heads, case.rows, 128)
@@ -155,7 +155,7 @@ def test_grids_are_folded(route: str, on: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("on", DEVICES)
-def test_a26_a_cache_beyond_the_binding_limit_is_an_error(on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_A26_a_cache_beyond_the_binding_limit_is_an_error(on: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(2, 2, 16, 1, 64)
     loaded = Attention(case, on)
     monkeypatch.setattr(device(on), "limits", replace(device(on).limits, max_binding=4096))
@@ -164,13 +164,13 @@ def test_a26_a_cache_beyond_the_binding_limit_is_an_error(on: str, monkeypatch: 
     loaded.close()
 
 
-def test_a25_storage_buffers() -> None:
+def test_A25_storage_buffers() -> None:
     for name in ("naive", "prefill", "decode", "stream", "merge"):
         bindings = wgsl.reflect(f"attention_{name}").bindings.values()
         assert sum(b.space == "storage" for b in bindings) <= Limits().max_storage_buffers
 
 
-def test_a27_one_compilation_a_variant() -> None:
+def test_A27_one_compilation_a_variant() -> None:
     on = Device.create(default_limits=True, features=())
     for expected in (2, 0):  # the split kernel and its merge; nothing for the second program
         before = on.counters.copy()
@@ -185,7 +185,7 @@ def test_a27_one_compilation_a_variant() -> None:
 
 
 @pytest.mark.parametrize("memory", [16384, 32768, 49152])
-def test_a28_tiles_fit_the_limits(memory: int) -> None:
+def test_A28_tiles_fit_the_limits(memory: int) -> None:
     limits = Limits(max_workgroup_memory=memory)
     for rows in (1, 32, 33, 2048):
         assert prefill_memory(choose_prefill_rows(rows, limits)) <= memory

@@ -140,7 +140,7 @@ def test_custom_sdpa_dtypes_must_agree() -> None:
     assert "attn_mask is bool of rank 2" in str(check_node(graph, node))
 
 
-def test_a24_key_and_value_of_different_lengths() -> None:
+def test_A24_key_and_value_of_different_lengths() -> None:
     q: Shape = (1, 3, 4, 8)
     kinds: dict[str, tuple[str, Shape]] = {
         "query": ("f32", q),
@@ -225,7 +225,7 @@ ATEN_CASES: dict[str, tuple[Shape, Shape, Shape, dict[str, Any]]] = {
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 @pytest.mark.parametrize("name", ATEN_CASES)
-def test_a16_aten_sdpa_against_torch(name: str, dtype: str, on: str) -> None:
+def test_A16_aten_sdpa_against_torch(name: str, dtype: str, on: str) -> None:
     """torch's own attention in float64 is the reference, independent of ours."""
     q, k, v, options = ATEN_CASES[name]
     options = dict(options)

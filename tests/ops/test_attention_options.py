@@ -14,7 +14,7 @@ ROUTES = ("prefill", "decode", "stream")
 
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 4096])
-def test_h1_window(window: int, on: str) -> None:
+def test_H1_window(window: int, on: str) -> None:
     loaded = Attention(Case(4, 2, 16, 64, 264, window=window), on, dynamic=True)
     try:
         for rows in (1, 5, 64):
@@ -29,13 +29,13 @@ def test_h1_window(window: int, on: str) -> None:
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("kv_limit", ["prefix", "all"])
 @pytest.mark.parametrize("rows", [3, 40])
-def test_h1_window_without_causality(rows: int, kv_limit: str, on: str) -> None:
+def test_H1_window_without_causality(rows: int, kv_limit: str, on: str) -> None:
     check(Case(4, 2, 16, rows, 120, 70, window=20, kv_limit=kv_limit), on)
 
 
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("rows", [2, 40])
-def test_h1_window_past_all_keys(rows: int, on: str) -> None:
+def test_H1_window_past_all_keys(rows: int, on: str) -> None:
     """A position beyond the keys (legal for "all"): every key has left the window."""
     case = Case(4, 2, 16, rows, 30, 200, window=20, kv_limit="all")
     np.testing.assert_array_equal(attention(case, on), np.zeros((1, 4, rows, 16)))
@@ -44,7 +44,7 @@ def test_h1_window_past_all_keys(rows: int, on: str) -> None:
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("sink", [-np.inf, -5.0, 0.0, 5.0, 50.0])
-def test_h2_h3_sink(sink: float, route: str, on: str) -> None:
+def test_H2_H3_sink(sink: float, route: str, on: str) -> None:
     """Counted once, whatever the number of tiles and splits; H3's smooth softmax is a sink of 0."""
     for pos in (0, 90):
         case = Case(4, 2, 16, 3, 100, pos, sink=sink, route=route)
@@ -56,7 +56,7 @@ def test_h2_h3_sink(sink: float, route: str, on: str) -> None:
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("softcap", [1.0, 30.0, 50.0])
-def test_h4_softcap(softcap: float, route: str, on: str) -> None:
+def test_H4_softcap(softcap: float, route: str, on: str) -> None:
     """Cap, then mask, then window. Scores reach some hundreds, where some drivers' tanh overflows."""
     case = Case(4, 2, 16, 5, 70, 60, softcap=softcap, mask="f32", window=40, scale=9.0, route=route)
     tensors = arrays(case)
@@ -69,7 +69,7 @@ def test_h4_softcap(softcap: float, route: str, on: str) -> None:
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("mask", ["bool", "f32"])
-def test_h5_a_fully_masked_row_is_zero(mask: str, route: str, on: str) -> None:
+def test_H5_a_fully_masked_row_is_zero(mask: str, route: str, on: str) -> None:
     case = Case(4, 2, 16, 5, 70, kv_limit="all", mask=mask, route=route)
     tensors = arrays(case)
     tensors["attn_mask"] = tensors["attn_mask"].copy()
@@ -150,7 +150,7 @@ def test_masks_of_a_wrong_size_are_refused(on: str) -> None:
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("rows", [4, 40])
 @pytest.mark.parametrize("second", [90.0, 100.0])
-def test_h6_large_halves(second: float, rows: int, on: str) -> None:
+def test_H6_large_halves(second: float, rows: int, on: str) -> None:
     """Scores of 80,000, beyond what f16 holds: accumulated in f32."""
     case = Case(2, 2, 64, rows, 64, q_dtype="f16", kv_dtype="f16", out_dtype="f16", kv_limit="all")
     tensors = arrays(case)

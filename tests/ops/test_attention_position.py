@@ -22,7 +22,7 @@ def poisoned(tensors: dict[str, Array], keys: slice | Array, value: float) -> di
 
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("first", [0, 3])
-def test_b1_b2_b3_one_program_for_all_positions(first: int, on: str) -> None:
+def test_B1_B2_B3_one_program_for_all_positions(first: int, on: str) -> None:
     """Steps at new positions make no pipeline, no buffer, no bind group."""
     case = Case(8, 4, 4, 1, 16)
     tensors = arrays(case)
@@ -43,7 +43,7 @@ def test_b1_b2_b3_one_program_for_all_positions(first: int, on: str) -> None:
 
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("rows", SIZES.values(), ids=SIZES)
-def test_b6_b7_positions_out_of_range(rows: int, on: str) -> None:
+def test_B6_B7_positions_out_of_range(rows: int, on: str) -> None:
     case = Case(4, 2, 16, rows, 64)
     tensors = arrays(case)
     loaded = Attention(case, on)
@@ -60,7 +60,7 @@ def test_b6_b7_positions_out_of_range(rows: int, on: str) -> None:
 
 
 @pytest.mark.parametrize("on", DEVICES)
-def test_b9_prefill_equals_single_steps(on: str) -> None:
+def test_B9_prefill_equals_single_steps(on: str) -> None:
     """Row t of one prefill is what a step at position t gives on the same cache."""
     case = Case(4, 2, 16, 12, 40)
     tensors = arrays(case)
@@ -79,7 +79,7 @@ def test_b9_prefill_equals_single_steps(on: str) -> None:
 @pytest.mark.parametrize("kv_limit", ["causal", "prefix"])
 @pytest.mark.parametrize("dims", [(16, 16), (6, 9)])
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
-def test_a20_rows_past_the_length_have_no_effect(
+def test_A20_rows_past_the_length_have_no_effect(
     garbage: float, dims: tuple[int, int], kv_limit: str, rows: int, on: str
 ) -> None:
     case = Case(4, 2, dims[0], rows, 128, 37, dv=dims[1], kv_limit=kv_limit)
@@ -93,7 +93,7 @@ def test_a20_rows_past_the_length_have_no_effect(
 
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("rows", SIZES.values(), ids=SIZES)
-def test_a20_keys_hidden_from_one_row_do_not_reach_it(rows: int, on: str) -> None:
+def test_A20_keys_hidden_from_one_row_do_not_reach_it(rows: int, on: str) -> None:
     """The last new row holds NaN: causal rows before it stay as they were, only the last one is NaN."""
     case = Case(4, 2, 16, rows, 128, 50)
     tensors = arrays(case)
@@ -105,7 +105,7 @@ def test_a20_keys_hidden_from_one_row_do_not_reach_it(rows: int, on: str) -> Non
 
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("rows", SIZES.values(), ids=SIZES)
-def test_a20_keys_before_the_window_have_no_effect(rows: int, on: str) -> None:
+def test_A20_keys_before_the_window_have_no_effect(rows: int, on: str) -> None:
     case = Case(4, 2, 16, rows, 128, 60, window=9)
     tensors = arrays(case)
     out = attention(case, on, poisoned(tensors, slice(0, 60 - 8), np.nan))
@@ -114,7 +114,7 @@ def test_a20_keys_before_the_window_have_no_effect(rows: int, on: str) -> None:
 
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("rows", SIZES.values(), ids=SIZES)
-def test_a20_keys_that_left_the_window_of_later_rows(rows: int, on: str) -> None:
+def test_A20_keys_that_left_the_window_of_later_rows(rows: int, on: str) -> None:
     """NaN in the first key of the first row's window: no other row sees it, though it stands in their tile."""
     case = Case(4, 2, 16, rows, 128, 60, window=40)
     tensors = arrays(case)
@@ -126,7 +126,7 @@ def test_a20_keys_that_left_the_window_of_later_rows(rows: int, on: str) -> None
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("rows", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("mask", ["bool", "f32", "f16"])
-def test_a20_masked_keys_have_no_effect(mask: str, rows: int, on: str) -> None:
+def test_A20_masked_keys_have_no_effect(mask: str, rows: int, on: str) -> None:
     """Rows of a ring cache that nothing was written to, hidden by the mask alone, spread over the tiles."""
     case = Case(4, 2, 16, rows, 80, kv_limit="all", mask=mask)
     tensors = arrays(case)
@@ -155,7 +155,7 @@ def test_nan_that_is_seen_is_kept(rows: int, on: str) -> None:
 
 
 @pytest.mark.parametrize("on", DEVICES)
-def test_a21_partial_results_of_an_earlier_step_have_no_effect(on: str) -> None:
+def test_A21_partial_results_of_an_earlier_step_have_no_effect(on: str) -> None:
     """A long step on NaN leaves NaN in all scratch; a short one afterwards gives what a fresh program gives."""
     case = Case(8, 2, 16, 2, 2048)
     tensors = arrays(case)

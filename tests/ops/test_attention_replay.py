@@ -72,7 +72,7 @@ def call(delegate: Delegate, generator: np.random.Generator, rows: int, position
 
 @pytest.mark.parametrize("name", DEVICES)
 @pytest.mark.parametrize(("heads", "capacity", "dtype", "calls"), SEQUENCES)
-def test_b4_sequence_of_calls_on_one_cache(
+def test_B4_sequence_of_calls_on_one_cache(
     name: str, heads: tuple[int, int, int], capacity: int, dtype: str, calls: tuple[int, ...]
 ) -> None:
     b, graph = program(heads, capacity, dtype)
@@ -93,7 +93,7 @@ def test_b4_sequence_of_calls_on_one_cache(
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_b5_positions_change_no_dispatch(name: str) -> None:
+def test_B5_positions_change_no_dispatch(name: str) -> None:
     b, graph = program((8, 4, 4), 64, "f32")
     delegate = b.load(graph, device(name))
     generator = np.random.default_rng(0)
@@ -110,7 +110,7 @@ def test_b5_positions_change_no_dispatch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_d8_growing_and_going_back(name: str) -> None:
+def test_D8_growing_and_going_back(name: str) -> None:
     b, graph = program((4, 2, 8), 6, "f32")
     delegate = b.load(graph, device(name))
     generator = np.random.default_rng(3)
@@ -122,7 +122,7 @@ def test_d8_growing_and_going_back(name: str) -> None:
 
 
 @pytest.mark.parametrize(("rows", "position"), [(1, -1), (1, 6), (1, 2**31 - 1), (1, -(2**31)), (3, 4), (6, 1), (2, 5)])
-def test_d1_d3_d4_bad_positions_leave_the_caches_as_they_were(rows: int, position: int) -> None:
+def test_D1_D3_D4_bad_positions_leave_the_caches_as_they_were(rows: int, position: int) -> None:
     b, graph = program((4, 2, 8), 6, "f32")
     delegate = b.load(graph, device("full"))
     _, (_, keys, values) = call(delegate, np.random.default_rng(0), 4, 0)
@@ -136,7 +136,7 @@ def test_d1_d3_d4_bad_positions_leave_the_caches_as_they_were(rows: int, positio
     np.testing.assert_array_equal(new_values, values)
 
 
-def test_d2_the_last_row_is_legal() -> None:
+def test_D2_the_last_row_is_legal() -> None:
     b, graph = program((4, 2, 8), 6, "f32")
     delegate = b.load(graph, device("full"))
     for rows, position in ((6, 0), (1, 5), (2, 4)):

@@ -18,7 +18,7 @@ ROUTES = ("prefill", "decode", "stream")
     [("full", Case(32, 8, 64, 512, 512)), ("default-limits", Case(32, 8, 64, 2048, 2048))],
     ids=["A7", "A8"],
 )
-def test_a7_a8_long_prefill_without_scores_in_memory(on: str, case: Case) -> None:
+def test_A7_A8_long_prefill_without_scores_in_memory(on: str, case: Case) -> None:
     """The full size, held against the reference of two KV heads' first query heads; scratch stays below 64 MiB."""
     tensors = arrays(case)
     loaded = Attention(case, on)
@@ -41,13 +41,13 @@ HEAD_SIZES = [(d, d) for d in (1, 4, 6, 8, 12, 16, 32, 40, 64, 80, 96, 112, 128,
 
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize(("d", "dv"), HEAD_SIZES)
-def test_a15_a22_head_sizes(d: int, dv: int, on: str) -> None:
+def test_A15_A22_head_sizes(d: int, dv: int, on: str) -> None:
     for route, rows in (("prefill", 6), ("decode", 3)):
         check(Case(4, 2, d, rows, 71, 64, dv=dv, route=route), on)
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_a23_more_workgroups_than_one_axis_holds(route: str) -> None:
+def test_A23_more_workgroups_than_one_axis_holds(route: str) -> None:
     """70,000 heads with a key and value of their own; one key each, so the result is the value."""
     case = Case(70_000, 70_000, 4, 1, 1, route=route)
     tensors = arrays(case)

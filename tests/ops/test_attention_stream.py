@@ -106,7 +106,7 @@ def test_the_probe_compiles() -> None:
 
 
 @pytest.mark.parametrize("start", [62, 126])
-def test_e5_a_length_that_only_the_gpu_advances(start: int) -> None:
+def test_E5_a_length_that_only_the_gpu_advances(start: int) -> None:
     """The position moves past an edge of tiles between two runs of one submit, without the host."""
     on = device("full")
     case = Case(8, 2, 32, 1, 160)
