@@ -8,7 +8,7 @@ by `preprocess`, on the subgraph that a delegate got.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,10 +46,25 @@ MUTATED_RESULTS = {
     "llama.update_cache.default": ("cache",),
     "llama.update_cache_with_indices.default": ("cache",),
     "llama.sdpa_with_kv_cache.default": (None, "key_cache", "value_cache"),
+    "executorch_webgpu.group_query_attention.default": (
+        None,
+        "key_cache",
+        "value_cache",
+        "key_scales",
+        "value_scales",
+    ),
 }
-"""In-place operators of the llama library: what the record's results are (None: the operator's own result, a name:
-the new
-value of that argument). The [1]-shaped own result of `update_cache` carries nothing and has no record."""
+"""In-place operators of the llama library and of this project: what the record's results are (None: the operator's own
+result, a name: the new value of that argument). The [1]-shaped own result of `update_cache` carries nothing and has no
+record."""
+
+
+NARROWED = ("quantized_decomposed.choose_qparams_per_token_asymmetric.default",)
+"""Operators whose float64 results are float32 in the record, since programs cast them at once: the operator refuses
+other readers."""
+
+_PART_OF_BASE = ("_storage_offset", "_slice_dim")
+"""Endings of the arguments by which `auto_functionalized_v2` says that an operator writes to a view of a buffer."""
 
 
 @dataclass
@@ -308,6 +323,8 @@ class _Translator:
         if name not in MUTATED_RESULTS:
             raise Unresolved(f"in-place operator {name} has no WebGPU kernel")
         bases = node.kwargs["_all_bases"]
+        if any(key.startswith("_") and key.endswith(_PART_OF_BASE) for key in node.kwargs):
+            raise Unresolved(f"{name} writes to a part of a buffer; give each cache a buffer of its own")
         args: dict[str, Any] = {}
         for argument in target._schema.arguments:
             base = node.kwargs.get(f"_{argument.name}_base_index")
@@ -319,7 +336,8 @@ class _Translator:
         own = len(arg_values) - len(bases)
         outputs, results = [], [None] * own
         converted = self._args(args)
-        for result in MUTATED_RESULTS[name]:
+        given = [r for r in MUTATED_RESULTS[name] if r is None or converted.get(r) is not None]
+        for result in given:
             if result is None:
                 outputs.append(self._add(self._tensor_value("temp", node.name, arg_values[0])))
                 results[0] = outputs[-1]  # type: ignore[call-overload]
@@ -328,11 +346,12 @@ class _Translator:
                 outputs.append(self._add(Value("temp", base_value.dtype, base_value.shape, f"{node.name}.{result}")))
         by_name = dict(
             zip(
-                [r for r in MUTATED_RESULTS[name] if r],
-                [o for o, r in zip(outputs, MUTATED_RESULTS[name], strict=True) if r],
+                [r for r in given if r],
+                [o for o, r in zip(outputs, given, strict=True) if r],
                 strict=True,
             )
         )
+        mutated = [n for n in mutated if node.kwargs.get(f"_{n}_base_index") is not None]
         order = sorted(mutated, key=lambda n: node.kwargs[f"_{n}_base_index"])
         self._finish(node, Node(name, converted, tuple(o.value for o in outputs), node.name))
         self.env[node] = (*results, *(by_name[n] for n in order))
@@ -355,6 +374,8 @@ class _Translator:
         if not all(isinstance(v, torch.Tensor) for v in values):
             raise Unresolved(f"a result of type {type(value).__name__}")
         outputs = [self._tensor_value("temp", node.name, v) for v in values]
+        if name in NARROWED:
+            outputs = [replace(o, dtype="f32") if o.dtype == "f64" else o for o in outputs]
         placed = tuple(self._add(o) for o in outputs)
         self._finish(node, Node(name, args, tuple(r.value for r in placed), node.name))
         self.env[node] = placed if several else placed[0]

@@ -79,21 +79,36 @@ def redirect(graph: Graph, mapping: Mapping[int, int]) -> Graph:
 
 
 def cancel_permutes(graph: Graph) -> Graph:
-    """Let readers of permute(permute(x)) read x where the two cancel; fusions leave such pairs behind."""
+    """Let readers of permute(permute(x)) read x where the two cancel; fusions leave such pairs behind.
+
+    An RMSNorm of the last axis between the two does not mind: some models normalise the heads of query and key after
+    the permute that attention wants.
+    """
     links = Links(graph)
     mapping: dict[int, int] = {}
+    nodes: list[Node] = []
     for node in graph.nodes:
+        nodes.append(node)
         order = permutation(links, node)
         inner = links.made_by(node.args.get("self")) if order is not None else None
+        norm = None
+        if inner is not None and inner.op == "webgpu.rms_norm" and links.only_reader(inner.outputs[0]) is node:
+            norm, inner = inner, links.made_by(inner.args["input"])
         first = permutation(links, inner) if inner is not None else None
         if (
             order is None
             or inner is None
             or first is None
             or tuple(first[i] for i in order) != tuple(range(len(order)))
+            or (norm is not None and order[-1] != len(order) - 1)
         ):
             continue
         source = inner.args["self"]
-        if isinstance(source, Ref):
-            mapping[node.outputs[0]] = mapping.get(source.value, source.value)
-    return redirect(graph, mapping)
+        if not isinstance(source, Ref):
+            continue
+        source = Ref(mapping.get(source.value, source.value))
+        if norm is None:
+            mapping[node.outputs[0]] = source.value
+        else:
+            nodes[-1] = replace(norm, args={**norm.args, "input": source}, outputs=node.outputs)
+    return redirect(replace(graph, nodes=tuple(nodes)), mapping)

@@ -44,7 +44,7 @@ class _Storage:
 
     def visit(self, number: int, node: Node) -> None:
         source = viewed(self.graph, node)
-        if source is not None:
+        if source is not None and self._alike(source, node.outputs[0]):
             self.share(node.outputs[0], source)
             return
         op = find(node.op)
@@ -52,6 +52,11 @@ class _Storage:
             base = node.args.get(name)
             if isinstance(base, Ref) and self._safe(number, node, name, base.value):
                 self.share(node.outputs[output], base.value)
+
+    def _alike(self, source: int, result: int) -> bool:
+        """Whether a view's result may be kept as its source is: float16 and float32 differ outside of temporaries."""
+        dtypes = {self.graph.values[source].dtype, self.graph.values[result].dtype}
+        return dtypes != {"f16", "f32"} or self.graph.values[self.root(source)].kind == "temp"
 
     def _safe(self, number: int, node: Node, name: str, base: int) -> bool:
         root = self.root(base)

@@ -3,6 +3,8 @@
 Heavy imports happen inside the functions. As a script it writes a program without any delegate::
 
     python -m examples.stories.export stories.pte --dtype fp32
+
+With ``--batch`` it writes one for ragged batches instead, lowered to the WebGPU delegate (`examples.stories.ragged`).
 """
 
 from __future__ import annotations
@@ -159,8 +161,19 @@ def main() -> None:
     parser.add_argument("path", type=Path, help="the .pte file to write")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="folder of the model")
+    parser.add_argument(
+        "--logits", choices=("last", "all"), default="last", help="all: of every token, as speculative decoding needs"
+    )
+    parser.add_argument("--batch", type=int, help="rows of a program whose rows have lengths of their own")
     args = parser.parse_args()
-    print(export_to_pte(args.path, dtype=args.dtype, directory=args.model))
+    if args.batch is not None:
+        from examples.stories.ragged import export_ragged
+
+        program = export_ragged(args.batch, args.dtype, directory=args.model)
+        args.path.write_bytes(program.buffer)
+        print(args.path)
+        return
+    print(export_to_pte(args.path, dtype=args.dtype, directory=args.model, full_logits=args.logits == "all"))
 
 
 if __name__ == "__main__":

@@ -114,3 +114,36 @@ def test_a_constant_is_never_written(constant: bool) -> None:
     graph = run_passes(b.graph(write(b, rows, table, 0)))
     shared = graph.root(graph.nodes[0].outputs[0]) != graph.nodes[0].outputs[0]
     assert shared is not constant
+
+
+def test_float16_between_operators_is_kept_as_float32_so_a_cast_of_it_moves_nothing() -> None:
+    b = GraphBuilder()
+    x = b.input("f32", SHAPE)
+    half = b.node(
+        "aten._to_copy.default",
+        {"self": b.node("aten.neg.default", {"self": x}, ("f32", SHAPE)), "dtype": "f16"},
+        ("f16", SHAPE),
+    )
+    back = b.node("aten._to_copy.default", {"self": half, "dtype": "f32"}, ("f32", SHAPE))
+    graph = run_passes(b.graph(half, back))
+    assert len({graph.root(index) for node in graph.nodes for index in node.outputs}) == 1
+    delegate = b.load(graph, device("full"))
+    given = np.array([1, 2**-12 + 1, -3, 0, 5, 6, 7, 8], np.float32).reshape(SHAPE)
+    (kind, narrow), (_, wide) = delegate.execute([to_host(given)])
+    assert kind == "f16"
+    np.testing.assert_array_equal(narrow, -given.astype(np.float16))
+    np.testing.assert_allclose(wide, -given, rtol=2**-10)
+
+
+@pytest.mark.parametrize("kind", ["input", "mutable"])
+def test_a_cast_between_float16_and_float32_of_what_is_stored_moves_it(kind: str) -> None:
+    b = GraphBuilder()
+    given = np.arange(8, dtype=np.float16).reshape(SHAPE)
+    x = b.input("f16", SHAPE) if kind == "input" else b.stored("mutable", "f16", given, "cache")
+    flat = b.node("aten.view.default", {"self": x, "size": (8,)}, ("f16", (8,)))
+    wide = b.node("aten._to_copy.default", {"self": flat, "dtype": "f32"}, ("f32", (8,)))
+    graph = run_passes(b.graph(wide))
+    assert graph.root(graph.nodes[-1].outputs[0]) != graph.root(x.value)
+    delegate = b.load(graph, device("full"))
+    ((_, got),) = delegate.execute([to_host(given)] if kind == "input" else [])
+    np.testing.assert_array_equal(got, np.arange(8))
