@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode_loop --pte FILE [--data FILE ...]
     python -m benchmarks.decode_loop [--layers 16 --dim 2048 ...]
+    python -m benchmarks.decode_loop --pte FILE --batched FILE [--rows 1,8]
 
 Without a program a Llama-shaped decoder with random weights is made on the device, by default of the sizes of Llama 3.2
 1B. `MODES` are the ways to run steps; each new one is a further function there.
@@ -28,6 +29,7 @@ from executorch_webgpu.runtime.resident import DEPTH, Resident, Whole, find_whol
 from executorch_webgpu.runtime.sampling import GREEDY
 
 from .baseline import measure
+from .batches import batches
 from .graphs import DecoderSizes, Inputs, decoder, encode, ready
 from .host import watched
 from .report import Report, add_common, numbers
@@ -134,12 +136,12 @@ class ProgramDecoder:
         found: list[Inputs] = []
         execute = Delegate.execute
 
-        def recorded(delegate: Delegate, inputs: Inputs) -> Any:
+        def recorded(delegate: Delegate, inputs: Inputs, *more: Any) -> Any:
             found.append(inputs)
-            return execute(delegate, inputs)
+            return execute(delegate, inputs, *more)
 
         for delegate in self.method.delegates:
-            setattr(delegate, "execute", lambda inputs, to=delegate: recorded(to, inputs))  # noqa: B010
+            setattr(delegate, "execute", lambda inputs, *more, to=delegate: recorded(to, inputs, *more))  # noqa: B010
         try:
             self.run(tokens, position)
         finally:
@@ -274,7 +276,7 @@ def gpu_times(
 def traffic(graph: Graph, device: Device, keys: int, capacity: int) -> int:
     """Bytes that a run of few tokens must read: every weight but a table that is only looked up in, and `keys` of
     `capacity` rows of the state."""
-    read = {index for node in graph.nodes for index in node.inputs() if not node.op.startswith("aten.embedding")}
+    read = {index for node in graph.nodes for index in node.inputs() if "embedding" not in node.op}
     total = 0
     for index, value in enumerate(graph.values):
         count = product(value.shape)
@@ -359,6 +361,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--prefill", type=numbers, default=[], help="also the GPU time of runs of so many tokens: 128,512"
     )
+    made.add_argument("--batched", help="also a program for batches (`batches.py`), whose rows decode together")
+    made.add_argument("--rows", type=numbers, default=[1], help="with --batched: so many active rows: 1,8")
     add_common(made)
     return made
 
@@ -385,6 +389,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             steps_of(report, model, name, dtype, options)
         for rows in options.prefill:
             prefill_of(report, model, rows, dtype, options)
+        if options.batched:
+            batches(report, device, options)
     finally:
         model.close()
     return 0

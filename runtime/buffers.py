@@ -3,24 +3,23 @@ read-back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import wgpu
 
-from ..backend.graph import ITEM_SIZE, Dim, Value, product
+from ..backend.graph import Dim, Value
 from ..wgsl import LIVE_SLOTS
 from . import native
 from .device import Device
-from .errors import DeviceError, MissingDataError
-from .host import NUMPY, STORAGE, to_storage
+from .errors import DeviceError, InputError, MissingDataError
+from .host import STORAGE
+from .upload import Progress, Upload, check_size, static_numel, stored_bytes
 
 DataSource = Callable[[str], Any]
 """Key -> bytes-like of the named data; raises MissingDataError."""
 
-_CHUNK = 16 << 20
-"""Elements uploaded at a time, so that converting a large weight needs little host memory."""
 _WINDOW_BYTES = LIVE_SLOTS * 4
 
 
@@ -29,77 +28,123 @@ def storage_size(device: Device, dtype: str, count: int) -> int:
     return max(-(-count * STORAGE[device.limits.wgsl_type(dtype)].itemsize // 16) * 16, 16)
 
 
-def static_numel(value: Value) -> int:
-    """Element count of a constant or mutable value (their sizes are ints)."""
-    count = product(value.shape)
-    if not isinstance(count, int):
-        raise DeviceError(f"{value.name}: a stored tensor with a dynamic size {value.shape}")
-    return count
-
-
 def fill(device: Device, buffer: Any, value: Value, data: Any) -> None:
     """Upload the raw host bytes of a stored tensor, converted to how the device keeps it.
 
     Raises:
         MissingDataError: the bytes are not as many as dtype and shape say.
     """
-    count = static_numel(value)
-    expected = count * ITEM_SIZE[value.dtype]
-    raw = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
-    if raw.nbytes < expected:
-        raise MissingDataError(
-            f"{value.name}: {expected:,} bytes expected for {value.dtype}{list(value.shape)}, "
-            f"the data has {raw.nbytes:,}"
-        )
-    host = np.frombuffer(raw, NUMPY[value.dtype], count)
-    kind = device.limits.wgsl_type(value.dtype)
-    for start in range(0, count, _CHUNK):
-        part = to_storage(value.dtype, host[start : start + _CHUNK], kind, value.name)
-        device.write(buffer, part, start * STORAGE[kind].itemsize)
+    with Upload(device) as upload:
+        upload.tensor(buffer, value, data)
 
 
 class Weights:
-    """The constants of a program on one device: uploaded once per content, shared by all its methods."""
+    """The constants of a program on one device: uploaded once per content, shared by all its methods.
+
+    Attributes:
+        progress: called while constants are uploaded; None: nobody wants to know.
+    """
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        self.progress: Progress | None = None
         self._buffers: dict[tuple[str, str], Any] = {}
+
+    def check(self, value: Value, source: DataSource) -> None:
+        """Look whether a constant can be loaded; nothing is uploaded.
+
+        Raises:
+            MissingDataError: its data are nowhere, or not as many bytes as dtype and shape say.
+        """
+        check_size(value, source(_key(value)[0]))
+
+    def load(self, values: Iterable[Value], source: DataSource) -> None:
+        """Upload those constants that are not there yet: all of them, or none where one fails.
+
+        Raises:
+            MissingDataError, DeviceError: one cannot be loaded; what this call had uploaded is freed.
+        """
+        wanted = {_key(value): value for value in values}
+        missing = {key: value for key, value in wanted.items() if key not in self._buffers}
+        known = self.known()
+        try:
+            with Upload(self.device, sum(map(stored_bytes, missing.values())), self.progress) as upload:
+                for key, value in missing.items():
+                    size = storage_size(self.device, value.dtype, static_numel(value))
+                    self._buffers[key] = self.device.buffer(size, "weights", f"weight {value.name}")
+                    self.fill(upload, self._buffers[key], value, source)
+        except BaseException:
+            self.keep(known)
+            raise
+
+    def fill(self, upload: Upload, buffer: Any, value: Value, source: DataSource) -> None:
+        """Give a new buffer the content of a constant."""
+        upload.tensor(buffer, value, source(_key(value)[0]))
 
     def get(self, value: Value, source: DataSource) -> Any:
         """The buffer of a constant, uploaded on first use. Raises MissingDataError or DeviceError."""
-        if value.data is None:
-            raise MissingDataError(f"constant {value.name} has no data in the program")
-        key = (value.data, value.dtype)
+        key = _key(value)
         if key not in self._buffers:
-            buffer = self.device.buffer(
-                storage_size(self.device, value.dtype, static_numel(value)), "weights", f"weight {value.name}"
-            )
-            try:
-                fill(self.device, buffer, value, source(value.data))
-            except BaseException:
-                self.device.release(buffer, "weights")
-                raise
-            self._buffers[key] = buffer
+            self.load([value], source)
         return self._buffers[key]
 
+    def known(self) -> frozenset[tuple[str, str]]:
+        """What is loaded, for `keep`."""
+        return frozenset(self._buffers)
+
+    def keep(self, known: Collection[tuple[str, str]]) -> None:
+        """Free all but what was loaded when `known` was asked for."""
+        for key in [key for key in self._buffers if key not in known]:
+            self.device.release(self._buffers.pop(key), "weights")
+
     def close(self) -> None:
-        for buffer in self._buffers.values():
-            self.device.release(buffer, "weights")
-        self._buffers.clear()
+        """Free everything."""
+        self.keep(())
+
+
+def _key(value: Value) -> tuple[str, str]:
+    """What a constant is shared by: its content and dtype."""
+    if value.data is None:
+        raise MissingDataError(f"constant {value.name} has no data in the program")
+    return value.data, value.dtype
 
 
 class State:
     """Mutable buffers (KV caches and the like) by name; what a call leaves for the next one.
 
     Two methods that are given the same State share the buffers whose names are equal.
+
+    Attributes:
+        user: whose tokens the buffers hold; None: nobody's. Whoever finds another one here must not count on them.
+        closed: whether the buffers were freed.
     """
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        self.user: object = None
+        self.closed = False
         self._buffers: dict[str, tuple[Any, Value, DataSource]] = {}
 
+    def require_open(self) -> None:
+        """InputError if the state was closed."""
+        if self.closed:
+            raise InputError("this state was closed: make a new one")
+
     def get(self, value: Value, source: DataSource) -> Any:
-        """The buffer of a mutable value; made and given its initial content on first use."""
+        """The buffer of a mutable value; made and given its initial content on first use.
+
+        Raises:
+            InputError: the state was closed.
+            DeviceError: there is one of that name with another type; the device is out of memory.
+        """
+        buffer, new = self._made(value, source)
+        if new and value.data is not None:  # a new buffer is zero already
+            fill(self.device, buffer, value, source(value.data))
+        return buffer
+
+    def _made(self, value: Value, source: DataSource) -> tuple[Any, bool]:
+        """The buffer of a value, and whether it was made now."""
+        self.require_open()
         found = self._buffers.get(value.name)
         if found is not None:
             if (found[1].dtype, found[1].shape) != (value.dtype, value.shape):
@@ -107,33 +152,59 @@ class State:
                     f"state {value.name} is {found[1].dtype}{list(found[1].shape)}, "
                     f"but this method has {value.dtype}{list(value.shape)}"
                 )
-            return found[0]
+            return found[0], False
         size = storage_size(self.device, value.dtype, static_numel(value))
         buffer = self.device.buffer(size, "state", f"state {value.name}")
         self._buffers[value.name] = (buffer, value, source)
-        if value.data is not None:  # a new buffer is zero already
-            fill(self.device, buffer, value, source(value.data))
-        return buffer
+        return buffer, True
 
     def reset(self) -> None:
-        """Give every buffer its initial content again."""
-        encoder = self.device.gpu.create_command_encoder(label="reset")
-        for buffer, value, _ in self._buffers.values():
-            if value.data is None:
-                encoder.clear_buffer(buffer)
-        self.device.gpu.queue.submit([encoder.finish()])
-        for buffer, value, source in self._buffers.values():
-            if value.data is not None:
-                fill(self.device, buffer, value, source(value.data))
+        """Give every buffer its initial content again. Raises InputError if the state was closed."""
+        self.require_open()
+        with self.device.lock:
+            encoder = self.device.gpu.create_command_encoder(label="reset")
+            for buffer, value, _ in self._buffers.values():
+                if value.data is None:
+                    encoder.clear_buffer(buffer)
+            self.device.gpu.queue.submit([encoder.finish()])
+            for buffer, value, source in self._buffers.values():
+                if value.data is not None:
+                    fill(self.device, buffer, value, source(value.data))
+
+    def copy_from(self, other: State, parts: Callable[[Value, int], Iterable[tuple[int, int]]]) -> None:
+        """Copy another state's buffers on the GPU; those that are missing here are made, without initial content.
+
+        Args:
+            parts: value, bytes of its buffer -> what to copy: (first byte, bytes), multiples of 4.
+        Raises:
+            InputError: one of the states was closed.
+            DeviceError: the device is out of memory; a buffer has another type here.
+        """
+        self.require_open()
+        other.require_open()
+        with self.device.lock:
+            pairs = [(*entry[:2], self._made(*entry[1:])[0]) for entry in other._buffers.values()]
+            encoder = self.device.gpu.create_command_encoder(label="copy of a state")
+            for source, value, target in pairs:
+                for start, size in parts(value, source.size):
+                    encoder.copy_buffer_to_buffer(source, start, target, start, size)
+            self.device.gpu.queue.submit([encoder.finish()])
 
     def buffers(self) -> dict[str, Any]:
         """Name -> GPU buffer."""
         return {name: entry[0] for name, entry in self._buffers.items()}
 
+    def values(self) -> dict[str, Value]:
+        """Name -> type of the buffer."""
+        return {name: entry[1] for name, entry in self._buffers.items()}
+
     def close(self) -> None:
-        for buffer, _, _ in self._buffers.values():
-            self.device.release(buffer, "state")
-        self._buffers.clear()
+        """Free the buffers; the state cannot be used afterwards."""
+        with self.device.lock:
+            for buffer, _, _ in self._buffers.values():
+                self.device.release(buffer, "state")
+            self._buffers.clear()
+            self.closed = True
 
 
 class Pool:
@@ -159,9 +230,9 @@ class Pool:
 
     def _fit(self, rank: int, size: int) -> Any:
         if rank == len(self._buffers):
-            self._buffers.append(self.device.buffer(size, "activations", f"pool {rank}"))
+            self._buffers.append(self.device.buffer(size, "activations", f"pool {rank}", uniform=True))
         elif self._buffers[rank].size < size:
-            grown = self.device.buffer(size, "activations", f"pool {rank}")
+            grown = self.device.buffer(size, "activations", f"pool {rank}", uniform=True)
             self.device.release(self._buffers[rank], "activations")
             self._buffers[rank] = grown
             self.generation += 1

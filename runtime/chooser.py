@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import wgpu
 
-from .. import wgsl
 from ..ops.base import Dispatch, Param
+from .choice_kernels import HISTOGRAM, choice_dispatch, pack_settings, search_levels
 from .device import Device
 from .errors import DeviceError, InputError
 from .kernel import Kernel, KernelKey
@@ -35,17 +35,11 @@ CHUNK = 1024
 """Tokens that a workgroup looks at; CHUNK of the kernels."""
 MAX_ADVANCES = 32
 """Words that move on with a choice; the length of `advances` in the kernels."""
-NAN_LOGITS, NO_LOGITS = -1, -2
-"""What stands in the ring instead of a token: a logit is NaN; all logits are minus infinity."""
+NAN_LOGITS, NO_LOGITS, IDLE_ROW = -1, -2, -3
+"""What stands in the ring instead of a token: a logit is NaN; all logits are minus infinity; the row was idle."""
 
 _SETTING_WORDS, _COUNTER_WORDS = 8, 4
 _SLOT_WORDS, _MAX_SLOTS = 8, 6
-_HISTOGRAM = 2048 * 3
-"""Words of a histogram: 2,048 bins of count and mass (two words)."""
-_NOT_NOW = 0xFFFFFFFF
-_SHIFTS = (21, 10, 0)
-_SMALLEST, _LARGEST = 1e-30, 1e30
-"""Temperatures and penalties beyond are no different in float32."""
 
 
 @dataclass(frozen=True)
@@ -82,20 +76,43 @@ class Advance:
     delta: int = 1
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """Rows with lengths of their own: i32 words, one for each row, at the start of two GPU buffers.
+
+    After a choice a row's `past` grows by its `q_len`, up to `capacity`, and the token stands at the new `past` of its
+    sequence. A row of which `q_len` is not positive is idle: IDLE_ROW stands in the ring, nothing else is written.
+    """
+
+    past: Any
+    q_len: Any
+    capacity: int
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The dispatches of every kind of choice, bound to a step's buffers, and the buffer of their params."""
+
+    lists: Mapping[str, Sequence[Launch]]
+    params: Any
+
+
 class Chooser:
     """Chooses one token for each row of a batch; see the module's docstring.
 
-    Everything is made here, nothing afterwards: `configure`, `start` and `seen` write small numbers, `launches` looks
-    up. Writes are ordered with submits; call them between, not while a pass is being encoded.
+    Everything is made here and by `place`, nothing afterwards: `configure`, `start` and `seen` write small numbers,
+    `launches` looks up. Writes are ordered with submits; call them between, not while a pass is being encoded.
 
     Args:
         device: where the logits are.
         vocabulary: number of tokens V.
         rows: sequences of the batch.
         logits: what is chosen from.
-        capacity: choices that the ring holds; tokens of further ones are still passed on, but not kept.
+        capacity: choices that the ring holds; tokens of further ones are still passed on, but not kept. With `lengths`
+            they are written over the oldest.
         targets: at most 2 places for the next step's input.
         advances: at most 32 words, in at most 2 buffers, that grow with each choice (once, however many rows).
+        lengths: where rows have lengths of their own; positions are those then, not what `start` says.
         label: for messages and profiles.
     Attributes:
         tokens: GPU buffer i32 [capacity, rows]: what was chosen since `start`; NAN_LOGITS or NO_LOGITS where nothing
@@ -116,6 +133,7 @@ class Chooser:
         capacity: int,
         targets: Sequence[Target] = (),
         advances: Sequence[Advance] = (),
+        lengths: Lengths | None = None,
         label: str = "choice",
     ) -> None:
         self.device = device
@@ -123,46 +141,74 @@ class Chooser:
         self.rows = rows
         self.capacity = capacity
         self.label = label
-        self._logits = logits
         self._chunks = -(-vocabulary // CHUNK)
         self._words = -(-vocabulary // 32)
-        self._check(logits, targets, advances)
-        outer, outputs = _outputs(targets, advances)
+        self._check(logits, targets, advances, lengths)
         self._owned: list[Any] = []
-        self._settings = b""
+        self._settings: list[bytes] = []
         self._argmax, self._sums = 0, 2 * self._chunks
         self._cut = self._sums + 3 * self._chunks
         self._slots = self._cut + 2
         self._histograms = self._slots + _MAX_SLOTS * _SLOT_WORDS
-        self._stride = self._histograms + 5 * _HISTOGRAM
+        self._stride = self._histograms + 5 * HISTOGRAM
         try:
             self.state = self._buffer(rows * (_SETTING_WORDS + _COUNTER_WORDS + self._words), "state")
             self.tokens = self._buffer(rows * capacity, "tokens")
             keys = self._buffer(rows * vocabulary, "keys")
             work = self._buffer(rows * self._stride, "work")
-            spare = self._buffer(4 * max(device.limits.storage_alignment, 256) // 4, "spare")
+            self._step = max(device.limits.storage_alignment, 256)
+            self._spare = self._buffer(self._step, "spare")
             self._bound: dict[str, tuple[Any, int, int]] = {
                 name: (buffer, 0, buffer.size)
                 for name, buffer in (("state", self.state), ("ring", self.tokens), ("keys", keys), ("work", work))
             }
-            self._bound["logits"] = self._window(logits)
-            step = max(device.limits.storage_alignment, 256)
-            for i in range(4):  # ranges that a kernel may write must not overlap
-                found = i < len(outer)
-                self._bound[f"outer{i}"] = (outer[i], 0, outer[i].size) if found else (spare, i * step, 16)
-            self._lists = self._prepare(outputs)
+            self.first = self.place(logits, targets, advances, lengths)
             self.configure(Sampling())
         except BaseException:
             self.close()
             raise
 
+    def place(
+        self,
+        logits: Logits,
+        targets: Sequence[Target] = (),
+        advances: Sequence[Advance] = (),
+        lengths: Lengths | None = None,
+    ) -> Placed:
+        """Bind the choice to another step as well, with the same settings, counters and ring; for `launches`.
+
+        Raises:
+            InputError: an argument is out of range.
+            DeviceError: a kernel or a buffer does not fit the device.
+        """
+        self._check(logits, targets, advances, lengths)
+        outer, outputs = _outputs(targets, advances, lengths)
+        bound = dict(self._bound)
+        bound["logits"], first = self._window(logits)
+        for i in range(4):  # ranges that a kernel may write must not overlap
+            found = i < len(outer)
+            size = min(outer[i].size, self.device.limits.max_binding) if found else 16
+            bound[f"outer{i}"] = (outer[i], 0, size) if found else (self._spare, i * self._step, size)
+        return self._bind(self._dispatches(logits, first, outputs), bound)
+
+    def remove(self, placed: Placed) -> None:
+        """Free what `place` made."""
+        self._owned.remove(placed.params)
+        self.device.release(placed.params, "other")
+
     # -- numbers that change between submits
 
-    def configure(self, sampling: Sampling | Sequence[Sampling], seed: int | Sequence[int] = 0) -> None:
-        """Set how tokens are chosen, for all rows or for each.
+    def configure(
+        self,
+        sampling: Sampling | Sequence[Sampling],
+        seed: int | Sequence[int] = 0,
+        streams: Sequence[int] | None = None,
+    ) -> None:
+        """Set how tokens are chosen, for all rows or for each. Only what changes is written.
 
         Args:
             seed: in [0, 2**64); used where `sampling.seed` is None.
+            streams: row number that each row's random numbers are those of (see `sampling.uniform`); None: its own.
         Raises:
             InputError: not one for each row.
         """
@@ -170,10 +216,15 @@ class Chooser:
         seeds = [seed] * self.rows if isinstance(seed, int) else list(seed)
         if len(seeds) != self.rows:
             raise InputError(f"{len(seeds)} seeds for {self.rows} rows")
-        data = b"".join(_settings(one, key) for one, key in zip(each, seeds, strict=True))
-        if data != self._settings:
-            self.device.write(self.state, data)
-            self._settings = data
+        numbers = range(self.rows) if streams is None else streams
+        if len(numbers) != self.rows:
+            raise InputError(f"{len(numbers)} streams for {self.rows} rows")
+        made = [pack_settings(*one) for one in zip(each, seeds, numbers, strict=True)]
+        changed = [row for row, data in enumerate(made) if row >= len(self._settings) or data != self._settings[row]]
+        if changed:
+            first, last = changed[0], changed[-1]
+            self.device.write(self.state, b"".join(made[first : last + 1]), first * _SETTING_WORDS * 4)
+            self._settings = made
 
     def start(self, position: int | Sequence[int]) -> None:
         """Begin a run: the ring is empty, the next token will stand at `position` of its row's sequence."""
@@ -200,18 +251,21 @@ class Chooser:
         place = self.rows * (_SETTING_WORDS + _COUNTER_WORDS) + row * self._words
         self.device.write(self.state, data, place * 4)
 
-    def launches(self, sampling: Sampling | Sequence[Sampling]) -> list[Launch]:
+    def launches(self, sampling: Sampling | Sequence[Sampling], placed: Placed | None = None) -> Sequence[Launch]:
         """The dispatches of one choice, to follow a step's in the same pass, for settings like these.
 
-        Only which steps are used counts here, not their numbers: those are what `configure` wrote.
+        Only which steps are used counts here, not their numbers: those are what `configure` wrote. Every row takes
+        the steps that some row needs; what a row does not need leaves it as it is.
+
+        Args:
+            placed: what `place` gave for the step; None: the step that the chooser was made for.
         """
         each = self._for_rows(sampling, "sampling settings")
-        if all(one.greedy for one in each):
-            return self._lists["greedy"]
-        mixed = any(one.greedy for one in each)  # a greedy row among others keeps one token
-        k = mixed or any(0 < one.top_k < self.vocabulary for one in each)
-        p = any(one.top_p < 1 for one in each if not one.greedy)
-        return self._lists["both" if k and p else "top-k" if k else "top-p" if p else "plain"]
+        random = [one for one in each if not one.greedy]
+        k = any(0 < one.top_k < self.vocabulary for one in random)
+        p = any(one.top_p < 1 for one in random)
+        kind = "greedy" if not random else "both" if k and p else "top-k" if k else "top-p" if p else "plain"
+        return (placed or self.first).lists[kind]
 
     def close(self) -> None:
         """Free the buffers; the chooser cannot be used afterwards."""
@@ -221,7 +275,9 @@ class Chooser:
 
     # -- construction
 
-    def _check(self, logits: Logits, targets: Sequence[Target], advances: Sequence[Advance]) -> None:
+    def _check(
+        self, logits: Logits, targets: Sequence[Target], advances: Sequence[Advance], lengths: Lengths | None
+    ) -> None:
         def require(good: bool, message: str) -> None:
             if not good:
                 raise InputError(f"{self.label}: {message}")
@@ -235,6 +291,11 @@ class Chooser:
         require(len(advances) <= MAX_ADVANCES, f"{len(advances)} advances, expected at most {MAX_ADVANCES}")
         distinct = len({id(advance.buffer) for advance in advances})
         require(distinct <= 2, f"advances are in {distinct} buffers, expected at most 2")
+        if lengths is not None:
+            apart = lengths.past is not lengths.q_len and lengths.capacity > 0
+            require(apart, "lengths need two buffers and a positive capacity")
+            outer, _ = _outputs(targets, advances, lengths)
+            require(len(outer) <= 4, f"{len(outer)} buffers to write, expected at most 4")
         item = 4 if logits.type == "f32" else 2
         require(logits.offset >= 0 and logits.offset % item == 0, f"logits at byte {logits.offset}")
         require(self.rows == 1 or logits.stride >= self.vocabulary, f"a stride of {logits.stride} between rows")
@@ -243,6 +304,7 @@ class Chooser:
         for what, word, count, buffer in [
             *(("target", t.word, self.rows, t.buffer) for t in targets),
             *(("advance", a.word, 1, a.buffer) for a in advances),
+            *(("lengths", 0, self.rows, buffer) for buffer in ([lengths.past, lengths.q_len] if lengths else ())),
         ]:
             inside = word >= 0 and 4 * (word + count) <= buffer.size
             require(inside, f"{what}: word {word} of a buffer of {buffer.size:,} bytes")
@@ -263,18 +325,18 @@ class Chooser:
         self._owned.append(buffer)
         return buffer
 
-    def _window(self, logits: Logits) -> tuple[Any, int, int]:
-        """The part of the logits' buffer that is bound: it may be larger than a binding can be."""
+    def _window(self, logits: Logits) -> tuple[tuple[Any, int, int], int]:
+        """The part of the logits' buffer that is bound, which may be larger than a binding can be, and the element in
+        it where row 0 begins."""
         item = 4 if logits.type == "f32" else 2
         start = logits.offset // self.device.limits.storage_alignment * self.device.limits.storage_alignment
         end = logits.offset + item * ((self.rows - 1) * logits.stride + self.vocabulary)
         size = -(-(end - start) // 4) * 4
         if size > self.device.limits.max_binding:
             raise DeviceError(f"{self.label}: logits of {size:,} bytes are more than this device can bind")
-        self._first = (logits.offset - start) // item
-        return logits.buffer, start, size
+        return (logits.buffer, start, size), (logits.offset - start) // item
 
-    def _prepare(self, outputs: Mapping[str, Param]) -> dict[str, list[Launch]]:
+    def _dispatches(self, logits: Logits, begin: int, outputs: Mapping[str, Param]) -> dict[str, list[Dispatch]]:
         """The dispatches of every kind of choice."""
         sizes: dict[str, Param] = {
             "vocabulary": self.vocabulary,
@@ -285,34 +347,36 @@ class Chooser:
         ends: dict[str, Param] = {"rows": self.rows, "capacity": self.capacity, **outputs}
 
         def first(store: bool, histograms: int) -> Dispatch:
-            return _dispatch(
+            return choice_dispatch(
                 "choose_argmax",
                 {
                     **sizes,
                     "rows": self.rows,
-                    "offset": self._first,
-                    "stride": self._logits.stride,
+                    "offset": begin,
+                    "stride": logits.stride,
                     "store": int(store),
-                    "clear": histograms * _HISTOGRAM,
+                    "clear": histograms * HISTOGRAM,
                     "histograms": self._histograms,
                 },
                 (self._chunks, self.rows, 1),
-                {"Logit": self._logits.type},
+                {"Logit": logits.type},
             )
 
-        rest = {"greedy": [first(False, 0), _dispatch("choose_greedy", {**sizes, **ends}, (self.rows, 1, 1))]}
-        draw = _dispatch("choose_draw", {**sizes, **results, **ends}, (self.rows, 1, 1))
-        for kind, levels in _levels(self._histograms).items():
+        rest = {"greedy": [first(False, 0), choice_dispatch("choose_greedy", {**sizes, **ends}, (self.rows, 1, 1))]}
+        draw = choice_dispatch("choose_draw", {**sizes, **results, **ends}, (self.rows, 1, 1))
+        for kind, levels in search_levels(self._histograms).items():
             end = {"kind": {"plain": 0, "top-k": 1}.get(kind, 2), **results}
             steps = [first(True, len(levels) - 1)]
             for stage, level in enumerate(levels):
                 last = stage == len(levels) - 1
                 fields = {**sizes, "slots": self._slots, "stage": stage, **level, **(end if last else {})}
-                steps.append(_dispatch("choose_sums" if last else "choose_level", fields, (self._chunks, self.rows, 1)))
+                steps.append(
+                    choice_dispatch("choose_sums" if last else "choose_level", fields, (self._chunks, self.rows, 1))
+                )
             rest[kind] = [*steps, draw]
-        return self._bind(rest)
+        return rest
 
-    def _bind(self, lists: Mapping[str, Sequence[Dispatch]]) -> dict[str, list[Launch]]:
+    def _bind(self, lists: Mapping[str, Sequence[Dispatch]], buffers: Mapping[str, tuple[Any, int, int]]) -> Placed:
         """Pipelines, one buffer of params, and a bind group for each distinct dispatch."""
         distinct = {id(dispatch): dispatch for dispatches in lists.values() for dispatch in dispatches}
         align = max(self.device.limits.uniform_alignment, 16)
@@ -329,7 +393,7 @@ class Chooser:
         self.device.write(params, bytes(blob))
         made: dict[int, Launch] = {}
         for key, dispatch, kernel, offset in placed:
-            bound = {**self._bound, "params": (params, offset, kernel.interface.params_size)}
+            bound = {**buffers, "params": (params, offset, kernel.interface.params_size)}
             entries = []
             for binding in kernel.interface.bindings.values():
                 buffer, start, size = bound[binding.name]
@@ -343,74 +407,13 @@ class Chooser:
                 raise DeviceError(f"{self.label}: binding {dispatch.kernel} failed: {error}") from error
             self.device.counters.bind_groups += 1
             made[key] = Launch(kernel.pipeline, group, dispatch.grid, None, self.label, dispatch.kernel)
-        return {name: [made[id(dispatch)] for dispatch in dispatches] for name, dispatches in lists.items()}
+        found = {name: [made[id(dispatch)] for dispatch in dispatches] for name, dispatches in lists.items()}
+        return Placed(found, params)
 
 
-_PARTS = {
-    "choose_argmax": ("choose_keys",),
-    "choose_greedy": ("choose_keys", "choose_outputs"),
-    "choose_level": ("philox", "choose_keys", "choose_weights", "choose_search"),
-    "choose_sums": ("philox", "choose_keys", "choose_weights", "choose_search"),
-    "choose_draw": ("philox", "choose_keys", "choose_weights", "choose_outputs"),
-}
-"""Kernel -> files without an entry point that are appended to it."""
-
-
-def _dispatch(
-    kernel: str, params: Mapping[str, Param], grid: tuple[int, int, int], types: Mapping[str, str] | None = None
-) -> Dispatch:
-    body = "\n".join(wgsl.source(part) for part in _PARTS[kernel])
-    return Dispatch(kernel, {}, params, grid, types=types or {}, body=body)
-
-
-def _levels(histograms: int) -> dict[str, list[dict[str, Param]]]:
-    """Kind of choice -> what the search does in each of its dispatches; the last is that of `choose_sums`."""
-    where = [histograms + i * _HISTOGRAM for i in range(5)]
-
-    def step(
-        k: tuple[int, int] | None, p: tuple[int, int] | None, out: tuple[int, int] | None, after_k: bool = False
-    ) -> dict[str, Param]:
-        """`k`, `p`: (histogram, level) to find a digit from; `out`: (histogram, level) to count for."""
-        fields: dict[str, Param] = {
-            "k_histogram": where[k[0]] if k else _NOT_NOW,
-            "k_shift": _SHIFTS[k[1]] if k else 0,
-            "p_histogram": where[p[0]] if p else _NOT_NOW,
-            "p_shift": _SHIFTS[p[1]] if p else 0,
-            "p_first": int(p is not None and p[1] == 0 and not after_k),
-            "p_after_k": int(after_k),
-        }
-        if out is not None:
-            level = out[1]
-            fields |= {
-                "out_histogram": where[out[0]],
-                "out_shift": _SHIFTS[level],
-                "out_digits": (2047, 2047, 1023)[level],
-                "out_mask": (0, 0xFFE00000, 0xFFFFFC00)[level],
-                "out_p": int(p is not None),
-            }
-        return fields
-
-    begin = step(None, None, (0, 0))
-    top_k = [begin, step((0, 0), None, (1, 1)), step((1, 1), None, (2, 2))]
-    return {
-        "plain": [step(None, None, None)],
-        "top-k": [*top_k, step((2, 2), None, None)],
-        "top-p": [
-            begin,
-            step(None, (0, 0), (1, 1)),
-            step(None, (1, 1), (2, 2)),
-            step(None, (2, 2), None),
-        ],
-        "both": [
-            *top_k,
-            step((2, 2), (0, 0), (3, 1), after_k=True),
-            step(None, (3, 1), (4, 2)),
-            step(None, (4, 2), None),
-        ],
-    }
-
-
-def _outputs(targets: Sequence[Target], advances: Sequence[Advance]) -> tuple[list[Any], dict[str, Param]]:
+def _outputs(
+    targets: Sequence[Target], advances: Sequence[Advance], lengths: Lengths | None
+) -> tuple[list[Any], dict[str, Param]]:
     """The distinct buffers of others, and the params that say what to write there."""
     buffers: list[Any] = []
 
@@ -426,22 +429,11 @@ def _outputs(targets: Sequence[Target], advances: Sequence[Advance]) -> tuple[li
     for advance in advances:  # one invocation a word
         place = (number(advance.buffer), advance.word)
         deltas[place] = deltas.get(place, 0) + advance.delta
+    words = (0, 0, 0, 0) if lengths is None else (number(lengths.past), number(lengths.q_len), lengths.capacity, 1)
     return buffers, {
+        "lengths": words,
         "target_count": len(targets),
         "advance_count": len(deltas),
         "targets": tuple(places),
         "advances": tuple(value for (buffer, word), delta in deltas.items() for value in (buffer, word, delta, 0)),
     }
-
-
-def _settings(sampling: Sampling, seed: int) -> bytes:
-    """A row's settings: 1 / temperature, top-k, top-p in units of 2**-32 (0: off), min-p, penalty, seed."""
-    key = seed if sampling.seed is None else sampling.seed
-    if not 0 <= key < 2**64:
-        raise InputError(f"seed is {key}, expected an integer in [0, 2**64)")
-    inverse = 1.0 if sampling.greedy else 1.0 / min(max(sampling.temperature, _SMALLEST), _LARGEST)
-    kept = 1 if sampling.greedy else min(sampling.top_k, 0xFFFFFFFF)
-    portion = 0 if sampling.greedy or sampling.top_p >= 1 else max(int(sampling.top_p * 2**32), 1)
-    least = 0.0 if sampling.greedy else sampling.min_p
-    penalty = min(max(sampling.repetition_penalty, _SMALLEST), _LARGEST)
-    return struct.pack("<fIIffQI", inverse, kept, portion, least, penalty, key, 0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,54 @@ _EXPECTED = (
 )
 
 
+_EXPECTED_RAGGED = (
+    "expected (tokens i64[B, S], past i32[B], q_len i32[B]) with S dynamic or 1, as executorch_webgpu.llm.ragged "
+    "exports models"
+)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """How to call a decoder of B rows, each a sequence with a length of its own.
+
+    Attributes:
+        rows: B.
+        chunk: the most tokens of a row that one call takes; 1 for a program with static sizes.
+        vocabulary: number of logits.
+        capacity: the most tokens a row may have.
+        every: whether the logits of every token come back, [B, S, V], not only of each row's last one, [B, V].
+        dtypes: host dtypes of tokens, past and q_len.
+        shapes: those of past and q_len, each with B elements.
+    """
+
+    rows: int
+    chunk: int
+    vocabulary: int
+    capacity: int
+    every: bool
+    dtypes: tuple[str, str, str] = ("i64", "i32", "i32")
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((-1,), (-1,))
+
+    def inputs(self, ids: Sequence[Sequence[int]], past: Sequence[int], size: int) -> list[Array]:
+        """The arguments of one call: row b gets `ids[b]`, at most `size` of them (none: it stays idle), at `past[b]`.
+
+        Args:
+            size: tokens of a row, S; what is behind a row's own is 0.
+        """
+        tokens = np.zeros((self.rows, size), _DTYPES[self.dtypes[0]])
+        for row, given in enumerate(ids):
+            tokens[row, : len(given)] = given
+        lengths = (past, [len(given) for given in ids])
+        rest = zip(lengths, self.dtypes[1:], self.shapes, strict=True)
+        return [tokens, *(np.array(words, _DTYPES[dtype]).reshape(shape) for words, dtype, shape in rest)]
+
+    def last_logits(self, output: Any, row: int, count: int) -> Array:
+        """A row's logits [V] of the last of `count` new tokens, from an output of a call; a view."""
+        found: Array = np.asarray(output)
+        logits: Array = found[row, count - 1] if self.every else found[row]
+        return logits
+
+
 @dataclass(frozen=True)
 class Convention:
     """How to call a decoder method.
@@ -36,6 +85,7 @@ class Convention:
         capacity: the most tokens a sequence may have; None if the program does not limit it.
         rewindable: whether all state is caches with a row for each position, so that going back is only counting.
         dtypes: host dtypes of the two inputs.
+        ragged: the convention of a program for batches, of one row.
     """
 
     every_position: bool
@@ -44,9 +94,12 @@ class Convention:
     capacity: int | None
     rewindable: bool
     dtypes: tuple[str, str] = ("i64", "i64")
+    ragged: Ragged | None = None
 
     def inputs(self, ids: Sequence[int], position: int) -> list[Array]:
         """The arguments of one call that puts `ids` (at most `chunk`) at `position` and after."""
+        if self.ragged is not None:
+            return self.ragged.inputs([ids], [position], len(ids))
         rows = np.arange(position, position + (len(ids) if self.every_position else 1))
         return [np.array([ids], _DTYPES[self.dtypes[0]]), rows.astype(_DTYPES[self.dtypes[1]])]
 
@@ -58,10 +111,11 @@ class Convention:
         return last
 
 
-def find_convention(method: Method, constants: Mapping[str, Any]) -> Convention:
+def find_convention(method: Method, constants: Mapping[str, Any], prompts: bool = False) -> Convention:
     """The convention of a method.
 
     Args:
+        prompts: it may take exactly so many tokens a call, because another method takes single ones.
         constants: constant methods of the program; `get_max_context_len`, else `get_max_seq_len`, gives the
             capacity. Without them it is looked for in the range checks of the program's kernels.
     Raises:
@@ -73,6 +127,13 @@ def find_convention(method: Method, constants: Mapping[str, Any]) -> Convention:
     def refuse(why: str) -> UnsupportedError:
         return UnsupportedError(f"method {meta.name} cannot generate text: {why}. Its inputs: {shown}; {_EXPECTED}")
 
+    if _looks_ragged(method):
+        ragged, rewindable = _ragged(method, constants)
+        if ragged.rows != 1:
+            raise refuse(f"it takes batches of {ragged.rows} rows with lengths of their own; BatchGenerator runs those")
+        return Convention(
+            False, ragged.chunk, ragged.vocabulary, ragged.capacity, rewindable, ragged.dtypes[:2], ragged
+        )  # fmt: skip
     if len(meta.inputs) != 2:
         raise refuse(f"it has {len(meta.inputs)} inputs, not 2")
     tokens, positions = meta.inputs
@@ -83,9 +144,9 @@ def find_convention(method: Method, constants: Mapping[str, Any]) -> Convention:
     batch, chunk = tokens.sizes
     if batch != 1:
         raise refuse(f"{names[0]} has a batch of {batch}; only 1 is supported")
-    if not tokens.dynamic and chunk != 1:
+    if not tokens.dynamic and chunk != 1 and not prompts:
         raise refuse(f"{names[0]} takes exactly {chunk} tokens a call; export it with a dynamic size, or with 1")
-    if not positions.dynamic and positions.sizes != (1,):
+    if not positions.dynamic and positions.sizes[0] not in ((1, chunk) if prompts else (1,)):
         raise refuse(f"{names[1]} takes exactly {positions.sizes[0]} positions")
     if positions.dynamic and positions.sizes[0] < chunk:
         chunk = positions.sizes[0]
@@ -97,7 +158,8 @@ def find_convention(method: Method, constants: Mapping[str, Any]) -> Convention:
         or found.sizes[0] != 1
     ):
         raise refuse(f"its first output is {show(found)}, not logits f32[1, V] or f32[1, S, V]")
-    draft = Convention(positions.dynamic, chunk, found.sizes[-1], None, False, (tokens.dtype, positions.dtype))
+    each = positions.dynamic or positions.sizes[0] > 1
+    draft = Convention(each, chunk, found.sizes[-1], None, False, (tokens.dtype, positions.dtype))
     capacity = next(
         (int(constants[key]) for key in ("get_max_context_len", "get_max_seq_len") if key in constants), None
     )
@@ -105,6 +167,85 @@ def find_convention(method: Method, constants: Mapping[str, Any]) -> Convention:
         capacity = _checked_capacity(method, draft)
     rewindable = capacity is not None and _by_position(method, capacity)
     return Convention(draft.every_position, chunk, draft.vocabulary, capacity, rewindable, draft.dtypes)
+
+
+def find_ragged(method: Method, constants: Mapping[str, Any]) -> Ragged:
+    """The convention of a method for batches of rows with lengths of their own.
+
+    Args:
+        constants: constant methods of the program; `get_max_context_len` gives the capacity, else the kernels' own.
+    Raises:
+        UnsupportedError: it is no such decoder; says what its inputs and outputs are. Or its state is more than caches
+            with a row for each position, so that rows cannot be reused.
+    """
+    ragged, rewindable = _ragged(method, constants)
+    if not rewindable:
+        raise UnsupportedError(
+            f"method {method.metadata.name} keeps state that is not a cache with a row for each position: a batch row "
+            "cannot start anew"
+        )
+    return ragged
+
+
+def _looks_ragged(method: Method) -> bool:
+    """Whether a method has the three inputs of `find_ragged`, whatever their sizes."""
+    given = method.metadata.inputs
+    return len(given) == 3 and all(info is not None and info.dtype in _DTYPES for info in given)
+
+
+def _ragged(method: Method, constants: Mapping[str, Any]) -> tuple[Ragged, bool]:
+    """(how a method for batches is called, whether its state is caches by position); raises as `find_ragged`."""
+    meta, names = method.metadata, input_names(method)
+    shown = ", ".join(f"{name} {show(info)}" for name, info in zip(names, meta.inputs, strict=True)) or "none"
+
+    def refuse(why: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"method {meta.name} cannot generate text for a batch: {why}. Its inputs: {shown}; {_EXPECTED_RAGGED}"
+        )
+
+    if len(meta.inputs) != 3:
+        raise refuse(f"it has {len(meta.inputs)} inputs, not 3")
+    tokens, *lengths = meta.inputs
+    if tokens is None or tokens.dtype not in _DTYPES or len(tokens.sizes) != 2:
+        raise refuse(f"the first input ({names[0]}) is no integer tensor of rank 2")
+    rows, chunk = tokens.sizes
+    for name, info in zip(names[1:], lengths, strict=True):
+        if info is None or info.dtype not in _DTYPES or not info.sizes or math.prod(info.sizes) != rows:
+            raise refuse(f"{name} is no integer tensor with one element for each of {rows} rows")
+    if not tokens.dynamic and chunk != 1:
+        raise refuse(f"{names[0]} takes exactly {chunk} tokens a row; export it with a dynamic size, or with 1")
+    found = meta.outputs[0] if meta.outputs else None
+    if (
+        found is None
+        or found.dtype not in ("f32", "f16", "bf16", "f64")
+        or len(found.sizes) not in (2, 3)
+        or found.sizes[0] != rows
+    ):
+        raise refuse(f"its first output is {show(found)}, not logits f32[{rows}, V] or f32[{rows}, S, V]")
+    if "get_max_context_len" in constants:
+        capacity = int(constants["get_max_context_len"])
+    else:
+        known = [
+            node.args["capacity"]
+            for delegate in method.delegates
+            for node in delegate.graph.nodes
+            if node.op == "webgpu.lengths"
+        ]
+        sizes = [size for size in known if isinstance(size, int)]
+        if not sizes:
+            raise refuse("neither a constant method get_max_context_len nor its caches say how many tokens a row has")
+        capacity = min(sizes)
+    past, q_len = (info for info in lengths if info is not None)
+    made = Ragged(
+        rows,
+        chunk,
+        found.sizes[-1],
+        capacity,
+        len(found.sizes) == 3,
+        (tokens.dtype, past.dtype, q_len.dtype),
+        (past.sizes, q_len.sizes),
+    )
+    return replace(made, chunk=min(chunk, capacity)), _by_position(method, capacity)
 
 
 def show(info: TensorInfo | None) -> str:

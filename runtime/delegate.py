@@ -10,12 +10,15 @@ import numpy as np
 import wgpu
 
 from ..backend.graph import Graph, Ref, Sym, Value, dims, evaluate, free_symbols
+from ..backend.passes.large import split_large, with_parts
 from . import native
-from .buffers import DataSource, LiveTable, Pool, ReadBack, State, Weights
+from .buffers import DataSource, State, Weights
 from .device import Device
 from .errors import DeviceError, InputError
 from .host import STORAGE, from_storage, to_storage
 from .plan import Plan, Planner
+from .upload import check_size, static_numel
+from .workspace import Workspace, locked
 
 HostArray = np.ndarray[Any, Any]
 MAX_PLANS = 64
@@ -24,11 +27,40 @@ MAX_PLANS = 64
 
 @dataclass(frozen=True, slots=True)
 class KernelTime:
-    """GPU time of one dispatch of a profiled step."""
+    """GPU time of one dispatch of a profiled step; `begin` counts from the beginning of the step's first dispatch."""
 
     node: str
     kernel: str
     nanoseconds: int
+    begin: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The bytes `start` to `end` of an output's buffer, and where they stand among all that is read back."""
+
+    dtype: str
+    kind: str
+    shape: tuple[int, ...]
+    buffer: Any
+    start: int
+    end: int
+    offset: int
+
+    @property
+    def first(self) -> int:
+        """Where the copy begins: copies are in units of 4 bytes."""
+        return self.start // 4 * 4
+
+    @property
+    def size(self) -> int:
+        """Bytes copied."""
+        return -(-self.end // 4) * 4 - self.first
+
+    def read(self, data: memoryview) -> HostArray:
+        """The output, from all that was read back."""
+        begin = self.offset + self.start - self.first
+        return from_storage(self.dtype, data[begin : begin + self.end - self.start], self.kind, self.shape)
 
 
 class Delegate:
@@ -40,49 +72,65 @@ class Delegate:
         source: gives the bytes of a data key.
         weights: buffers of constants, shared by the delegates of a program.
         state: mutable buffers.
+        like: an open delegate of the same graph on another state; temporaries, live scalars and lowered nodes are
+            shared with it.
     Raises:
         MissingDataError, DeviceError: weights are missing or do not fit; what was uploaded for this delegate alone is
         freed by
             closing `weights`.
     """
 
-    def __init__(self, graph: Graph, device: Device, source: DataSource, weights: Weights, state: State) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        device: Device,
+        source: DataSource,
+        weights: Weights,
+        state: State,
+        like: Delegate | None = None,
+    ) -> None:
+        if like is None:
+            _check_data(graph, source, weights)
+            graph = split_large(graph, _largest(device), lambda value: _stored_size(device, value))
         self.graph = graph
         self.device = device
-        self.source = source
+        self.source = with_parts(source)
         self.weights = weights
         self.state = state
-        self.pool = Pool(device)
-        self.live = LiveTable(device)
-        self.read_back = ReadBack(device)
+        shared = Workspace(graph, device) if like is None else like.workspace
+        self.workspace: Workspace = shared
+        self.pool, self.live, self.read_back = shared.pool, shared.live, shared.read_back
         self.planner = Planner(graph, device, self.pool, self.live, self._fixed)
+        self.planner.nodes = shared.nodes
         self.closed = False
         self.companion: Any = None
         """What decodes with this on the GPU (`resident.Resident`), kept for the next generator, freed with it."""
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._key_symbols: tuple[Sym, ...] = ()
         self._ranges = {r.symbol: r for r in graph.symbols}
-        self._symbols = tuple(self._collect_symbols())
-        self._check_fits()
-        for index, value in enumerate(graph.values):
-            if value.kind in ("constant", "mutable") and value.alias is None:
+        self._symbols: tuple[Sym, ...] = tuple(self._collect_symbols()) if like is None else like._symbols
+        if like is None:
+            self._check_fits()
+        stored = [index for index, value in enumerate(graph.values) if value.alias is None]
+        weights.load((graph.values[i] for i in stored if graph.values[i].kind == "constant"), self.source)
+        for index in stored:
+            if graph.values[index].kind == "mutable":
                 self._fixed(index)
+        shared.join()
 
     def _check_fits(self) -> None:
         """Refuse a graph whose stored tensors this device cannot bind, before anything is uploaded."""
+        limit = _largest(self.device)
         for value in self.graph.values:
-            if value.kind in ("constant", "mutable") and value.alias is None:
-                count = int(np.prod([d for d in value.shape if isinstance(d, int)], dtype=np.int64))
-                size = count * STORAGE[self.device.limits.wgsl_type(value.dtype)].itemsize
-                limit = min(self.device.limits.max_binding, self.device.limits.max_buffer)
-                if size > limit:
-                    raise DeviceError(
-                        f"{value.kind} {value.name} {value.dtype}{list(value.shape)} needs {size:,} bytes, but "
-                        f"this device binds at most {limit:,} ({self.device.name}); "
-                        "use another device or a smaller model"
-                    )
-                if value.data is not None:
-                    self.source(value.data)  # MissingDataError before the first upload
+            if value.kind not in ("constant", "mutable") or value.alias is not None:
+                continue
+            size = _stored_size(self.device, value)
+            if size > limit:
+                raise DeviceError(
+                    f"{value.kind} {value.name} {value.dtype}{list(value.shape)} needs {size:,} bytes, but "
+                    f"this device binds at most {limit:,} ({self.device.name}); "
+                    "use another device or a smaller model"
+                )
 
     def _collect_symbols(self) -> dict[Sym, None]:
         """Every free symbol that sizes, arguments or outputs mention."""
@@ -98,6 +146,12 @@ class Delegate:
         for dim in mentioned:
             found.update(dict.fromkeys(free_symbols(dim)))
         return found
+
+    def fill_state(self, state: State) -> None:
+        """Make this graph's mutable buffers in a state, as far as they are missing there."""
+        for value in self.graph.values:
+            if value.kind == "mutable" and value.alias is None:
+                state.get(value, self.source)
 
     def _fixed(self, index: int) -> Any:
         value = self.graph.values[index]
@@ -183,13 +237,16 @@ class Delegate:
             if not check.low <= value <= check.high:
                 raise InputError(f"{check.what}: {value} is outside [{check.low}, {check.high}]")
         for item in plan.element_checks:
-            position = self.graph.inputs.index(item.value)
-            array = inputs[position][1]
-            if array.size and not (item.low <= int(array.min()) and int(array.max()) <= item.high):
-                wrong = array[(array < item.low) | (array > item.high)].reshape(-1)[0]
+            array = inputs[self.graph.inputs.index(item.value)][1].reshape(-1)
+            more = None if item.plus is None else inputs[self.graph.inputs.index(item.plus)][1].reshape(-1)
+            found = array if more is None else array.astype(np.int64) + more
+            if found.size and not (item.low <= int(found.min()) and int(found.max()) <= item.high):
+                at = int(np.flatnonzero((found < item.low) | (found > item.high))[0])
+                shown = f"{array[at]}" if more is None else f"{array[at]} + {more[at]} = {found[at]}"
+                position = self.graph.inputs.index(item.value)
                 raise InputError(
-                    f"input {position} ({self.graph.values[item.value].name}): {item.what}: {int(wrong)} is outside "
-                    f"[{item.low}, {item.high}]"
+                    f"input {position} ({self.graph.values[item.value].name}): {item.what}: {shown} is outside "
+                    f"[{item.low}, {item.high}] ({item.each} {at})"
                 )
 
     # -- plans
@@ -238,11 +295,16 @@ class Delegate:
 
     # -- execution
 
-    def execute(self, inputs: Sequence[tuple[str, HostArray]]) -> list[tuple[str, HostArray | int]]:
+    @locked
+    def execute(
+        self, inputs: Sequence[tuple[str, HostArray]], last_row_of: int | None = None
+    ) -> list[tuple[str, HostArray | int]]:
         """Run one step.
 
         Args:
             inputs: (host dtype, array) in the order of the graph's inputs.
+            last_row_of: number of an output [..., S, V] of which only the last row is read back, as [..., 1, V] with
+                ones in front; None: every output is read whole.
         Returns:
             (host dtype, own array) for each output; an integer output is ("i64", int).
         Raises:
@@ -250,10 +312,15 @@ class Delegate:
             DeviceError: the device failed.
         """
         env = self._bound(inputs)
-        return self.run(self.plan(env), inputs, env)
+        return self.run(self.plan(env), inputs, env, last_row_of)
 
+    @locked
     def run(
-        self, plan: Plan, inputs: Sequence[tuple[str, HostArray]], env: dict[Sym, int]
+        self,
+        plan: Plan,
+        inputs: Sequence[tuple[str, HostArray]],
+        env: dict[Sym, int],
+        last_row_of: int | None = None,
     ) -> list[tuple[str, HostArray | int]]:
         """`execute` with a plan and symbol values that fit the inputs."""
         self.write(plan, inputs, env)
@@ -261,8 +328,9 @@ class Delegate:
         compute = encoder.begin_compute_pass(label="step")
         native.encode(compute, plan.records)
         compute.end()
-        return self._finish(encoder, plan, env)
+        return self._finish(encoder, plan, env, last_row_of)
 
+    @locked
     def profile(
         self, inputs: Sequence[tuple[str, HostArray]]
     ) -> tuple[list[tuple[str, HostArray | int]], list[KernelTime]]:
@@ -277,7 +345,7 @@ class Delegate:
         plan = self.plan(env)
         self.write(plan, inputs, env)
         count = len(plan.launches)
-        results: list[int] = []
+        results: list[tuple[int, int]] = []
         encoder = self.device.gpu.create_command_encoder(label="profile")
         sets = []
         for start in range(0, count, 2000):  # a query set holds at most 4,096 queries
@@ -297,17 +365,23 @@ class Delegate:
             encoder.resolve_query_set(queries, 0, 2 * len(part), resolved, 0)
             sets.append((resolved, 16 * len(part)))
         outputs = self._finish(encoder, plan, env)
+        first = 0
         for resolved, size in sets:
             stamps_read = np.frombuffer(self.device.gpu.queue.read_buffer(resolved, 0, size), np.uint64)
             period = native.timestamp_period(self.device.gpu)
-            results += [round((int(end) - int(begin)) * period) for begin, end in stamps_read.reshape(-1, 2)]
+            first = first if results else int(stamps_read[0])
+            results += [
+                (round((int(end) - int(begin)) * period), round((int(begin) - first) * period))
+                for begin, end in stamps_read.reshape(-1, 2)
+            ]
             resolved.destroy()
-        times = [KernelTime(launch.node, launch.kernel, ns) for launch, ns in zip(plan.launches, results, strict=True)]
+        times = [KernelTime(x.node, x.kernel, *found) for x, found in zip(plan.launches, results, strict=True)]
         return outputs, times
 
     def _bound(self, inputs: Sequence[tuple[str, HostArray]]) -> dict[Sym, int]:
         if self.closed:
             raise InputError("this delegate was closed: load the method again")
+        self.state.require_open()
         return self.bind(inputs)
 
     def write(self, plan: Plan, inputs: Sequence[tuple[str, HostArray]], env: dict[Sym, int]) -> None:
@@ -322,53 +396,74 @@ class Delegate:
             kind = self.device.limits.wgsl_type(dtype)
             converted.append((index, to_storage(dtype, array, kind, f"input {position} ({value.name})")))
         self.check(plan, inputs, env)
+        self.workspace.holder = None
         for index, data in converted:
             if index in plan.buffers and data.nbytes:
                 self.device.write(plan.buffers[index], data)
         self.live.write(lambda dim: evaluate(dim, env.__getitem__))
 
-    def _finish(self, encoder: Any, plan: Plan, env: dict[Sym, int]) -> list[tuple[str, HostArray | int]]:
+    def _finish(
+        self, encoder: Any, plan: Plan, env: dict[Sym, int], last_row_of: int | None = None
+    ) -> list[tuple[str, HostArray | int]]:
         """Copy the outputs out, submit, wait, convert."""
-        shapes: list[tuple[str, str, tuple[int, ...], int, int] | int] = []
+        parts: list[_Part | int] = []
         total = 0
-        for output in self.graph.outputs:
+        for number, output in enumerate(self.graph.outputs):
             if not isinstance(output, Ref):
-                shapes.append(evaluate(output, env.__getitem__))
+                parts.append(evaluate(output, env.__getitem__))
                 continue
             value = self.graph.values[output.value]
             shape = tuple(evaluate(dim, env.__getitem__) for dim in value.shape)
             kind = self.device.limits.wgsl_type(self.graph.storage_dtype(output.value))
-            size = -(-int(np.prod(shape, dtype=np.int64)) * STORAGE[kind].itemsize // 8) * 8
-            shapes.append((value.dtype, kind, shape, total, size))
-            total += size
+            end = int(np.prod(shape, dtype=np.int64)) * STORAGE[kind].itemsize
+            start = 0
+            if number == last_row_of and end:
+                start = end - shape[-1] * STORAGE[kind].itemsize
+                shape = (*(1 for _ in shape[:-1]), shape[-1])
+            made = _Part(value.dtype, kind, shape, plan.buffers[output.value], start, end, total)
+            parts.append(made)
+            total += -(-made.size // 8) * 8
         if total:
             target = self.read_back.reserve(total)
-            for output, entry in zip(self.graph.outputs, shapes, strict=True):
-                if isinstance(output, Ref) and not isinstance(entry, int) and entry[4]:
-                    encoder.copy_buffer_to_buffer(plan.buffers[output.value], 0, target, entry[3], entry[4])
+            for part in parts:
+                if not isinstance(part, int) and part.size:
+                    encoder.copy_buffer_to_buffer(part.buffer, part.first, target, part.offset, part.size)
         submission = native.submit(self.device.gpu.queue, encoder.finish())
         self.device.counters.submits += 1
         self.device.counters.dispatches += len(plan.launches)
-        data = self.read_back.read(submission, total) if total else b""
-        results: list[tuple[str, HostArray | int]] = []
-        for entry in shapes:
-            if isinstance(entry, int):
-                results.append(("i64", entry))
-                continue
-            dtype, kind, shape, offset, size = entry
-            results.append((dtype, from_storage(dtype, data[offset : offset + size], kind, shape)))
-        return results
+        data = memoryview(self.read_back.read(submission, total) if total else b"")
+        return [("i64", part) if isinstance(part, int) else (part.dtype, part.read(data)) for part in parts]
 
+    @locked
     def close(self) -> None:
         """Free the delegate's own GPU memory (weights and state belong to the program)."""
+        if self.closed:
+            return
         if self.companion is not None:
             self.companion.close()
             self.companion = None
         self.closed = True
         self._drop_plans()
-        self.pool.close()
-        self.live.close()
-        self.read_back.close()
+        self.workspace.leave()
+
+
+def _check_data(graph: Graph, source: DataSource, weights: Weights) -> None:
+    """MissingDataError where the content of a stored tensor is nowhere, or of another size than the tensor's."""
+    for value in graph.values:
+        if value.kind == "constant" and value.alias is None:
+            weights.check(value, source)
+        elif value.kind == "mutable" and value.data is not None:
+            check_size(value, source(value.data))
+
+
+def _largest(device: Device) -> int:
+    """Bytes of the largest tensor that a kernel can be bound to."""
+    return min(device.limits.max_binding, device.limits.max_buffer)
+
+
+def _stored_size(device: Device, value: Value) -> int:
+    """Bytes of a constant or mutable value on the device."""
+    return static_numel(value) * STORAGE[device.limits.wgsl_type(value.dtype)].itemsize
 
 
 def _launch(compute: Any, launch: Any) -> None:

@@ -56,7 +56,7 @@ class Kernel:
 
     def __init__(self, gpu: Any, key: KernelKey, checked: bool = False) -> None:
         self.key = key
-        self.interface = wgsl.reflect(key.kernel)
+        self.interface = wgsl.reflect(key.kernel, key.body)
         entries = [
             {
                 "binding": b.index,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..backend.graph import Graph
 from ..backend.serialize import BlobError, deserialize
 from . import outside
 from .buffers import DataSource, State, Weights
@@ -109,6 +112,8 @@ class Method:
         metadata: types of inputs and outputs.
         delegates: the loaded delegates, in the program's order.
         state: the mutable buffers; give it to another method of the same program to share them.
+        family: all methods over the same weights.
+        closed: whether its GPU memory was freed.
     """
 
     def __init__(
@@ -119,9 +124,13 @@ class Method:
         device: Device,
         weights: Weights,
         state: State | None,
+        like: Method | None = None,
+        family: weakref.WeakSet[Method] | None = None,
     ) -> None:
         self.file = file
         self.data_files = data_files
+        self.weights = weights
+        self.closed = False
         self.plan = file.plan(name)
         self.metadata = describe(self.plan)
         self.device = device
@@ -129,20 +138,75 @@ class Method:
         self.state = State(device) if state is None else state
         self._check_operators()
         source: DataSource = lambda key: file.find_named_data(key, data_files)  # noqa: E731
-        graphs = []
-        for number, part in enumerate(self.plan.delegates):
-            try:
-                graphs.append(deserialize(part.processed))
-            except BlobError as error:
-                raise ProgramFormatError(f"method {name}, delegate {number}: {error}") from error
+        twins = [None] * len(self.plan.delegates) if like is None else like.delegates
+        graphs = [self._graph(number) if twin is None else twin.graph for number, twin in enumerate(twins)]
         self.delegates: list[Delegate] = []
+        self._stored: dict[int, Any] = {}
         try:
-            for graph in graphs:
-                self.delegates.append(Delegate(graph, device, source, weights, self.state))
+            for graph, twin in zip(graphs, twins, strict=True):
+                self.delegates.append(Delegate(graph, device, source, weights, self.state, twin))
         except BaseException:
             self.close()
             raise
-        self._stored: dict[int, Any] = {}
+        self.family: weakref.WeakSet[Method] = weakref.WeakSet() if family is None else family
+        self.family.add(self)
+
+    def _graph(self, number: int) -> Graph:
+        try:
+            return deserialize(self.plan.delegates[number].processed)
+        except BlobError as error:
+            raise ProgramFormatError(f"method {self.plan.name}, delegate {number}: {error}") from error
+
+    def new_state(self) -> State:
+        """A further set of this method's mutable buffers, with their initial content.
+
+        Raises:
+            InputError: the method was closed.
+            DeviceError: the device is out of memory; nothing is left of the state.
+        """
+        self._require_open()
+        state = State(self.device)
+        try:
+            for delegate in self.delegates:
+                delegate.fill_state(state)
+        except BaseException:
+            state.close()
+            raise
+        return state
+
+    def on_state(self, state: State | None = None) -> Method:
+        """The same method on another state: weights, temporaries and compiled kernels are shared, and freed with the
+        last method that uses them. The caller closes it.
+
+        Args:
+            state: None for a new one, which belongs to the new method.
+        Raises:
+            InputError: the method or the state was closed.
+            DeviceError: the device is out of memory; a buffer of that name has another type.
+        """
+        self._require_open()
+        if state is not None:
+            state.require_open()
+        with self.device.lock:
+            return Method(
+                self.file, self.data_files, self.name, self.device, self.weights, state, self, self.family
+            )  # fmt: skip
+
+    def stored(self) -> dict[int, Any]:
+        """A copy of what is kept between calls outside of the delegates."""
+        return _copied(self._stored)
+
+    def copy_stored(self, stored: Mapping[int, Any]) -> None:
+        """Keep what another one of the same method kept."""
+        self._stored = _copied(stored)
+
+    def forget_stored(self) -> None:
+        """Outside of the delegates, the next call is like the first."""
+        self._stored.clear()
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise InputError(f"method {self.name} was closed: load it again")
 
     @property
     def name(self) -> str:
@@ -168,18 +232,30 @@ class Method:
 
     # -- execution
 
-    def execute(self, inputs: Sequence[Any] = ()) -> list[Any]:
+    def execute(self, inputs: Sequence[Any] = (), last_row: bool = False) -> list[Any]:
         """Run the method once.
 
         Args:
             inputs: numpy arrays, torch tensors or Python numbers, flat, in the method's order.
+            last_row: of the first output, logits [..., S, V], only the last row is wanted: where that saves reading the
+                others back, the output is [..., 1, V].
         Returns:
             The outputs: torch tensors if any input was one, else numpy arrays (bfloat16 as float32); integers as int.
         Raises:
             InputError: an input is wrong; nothing was submitted and the state is as before.
             DeviceError: the GPU failed.
         """
-        return self._run(inputs, lambda delegate, given: delegate.execute(given))
+        cut = self._first_output if last_row else None
+        return self._run(inputs, lambda delegate, given: delegate.execute(given, cut))
+
+    @functools.cached_property
+    def _first_output(self) -> int | None:
+        """Which output of the only delegate is the method's first; None where there is more to it."""
+        calls = [i for chain in self.plan.chains for i in chain.instructions]
+        if len(calls) != 1 or not isinstance(calls[0], DelegateCall):
+            return None
+        results = list(calls[0].args[len(self.delegates[0].graph.inputs) :])
+        return results.index(self.plan.outputs[0]) if self.plan.outputs[0] in results else None
 
     def profile(self, inputs: Sequence[Any] = ()) -> tuple[list[Any], list[KernelTime]]:
         """As `execute`, with the GPU time of every dispatch. Raises DeviceError where the device has no timestamps."""
@@ -195,6 +271,7 @@ class Method:
     def _run(
         self, inputs: Sequence[Any], call: Callable[[Delegate, list[tuple[str, Any]]], list[tuple[str, Any]]]
     ) -> list[Any]:
+        self._require_open()
         torch_wanted = any(is_torch(value) for value in inputs)
         slots = self._bind(inputs)
         for chain in self.plan.chains:
@@ -295,15 +372,23 @@ class Method:
     def reset(self) -> None:
         """Give every mutable buffer its initial content: the next call is like the first."""
         self.state.reset()
-        self._stored.clear()
+        self.forget_stored()
 
     def close(self) -> None:
         """Free the method's GPU memory; its state too, unless it was given one."""
         for delegate in self.delegates:
             delegate.close()
         self.delegates.clear()
+        self.closed = True
         if self._own_state:
             self.state.close()
+
+
+def _copied(stored: Mapping[int, Any]) -> dict[int, Any]:
+    """Arrays with their dtypes, and torch tensors, as own ones."""
+    return {
+        index: (kept[0], kept[1].copy()) if isinstance(kept, tuple) else kept.clone() for index, kept in stored.items()
+    }
 
 
 def _torch_dtype(torch: Any, meta: Any) -> Any:

@@ -106,10 +106,10 @@ def encode(compute: Any, records: Iterable[Record]) -> None:
             indirectly(encoder, indirect, offset)
 
 
-def submit(queue: Any, commands: Any) -> int:
-    """Submit one command buffer; returns the number that `wait` takes."""
-    handles = ffi.new("WGPUCommandBuffer[]", [commands._internal])
-    return int(_api.libf.wgpuQueueSubmitForIndex(queue._internal, 1, handles))
+def submit(queue: Any, commands: Any = None) -> int:
+    """Submit one command buffer, or (None) only the writes that wait; returns the number that `wait` takes."""
+    handles = ffi.NULL if commands is None else ffi.new("WGPUCommandBuffer[]", [commands._internal])
+    return int(_api.libf.wgpuQueueSubmitForIndex(queue._internal, 0 if commands is None else 1, handles))
 
 
 def wait(gpu: Any, submission: int | None = None) -> None:

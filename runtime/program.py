@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any, BinaryIO
@@ -11,6 +12,8 @@ from .device import Device
 from .method import Method, MethodMeta, describe
 from .ptd import DataFile
 from .pte import Program as ProgramFile
+from .random_weights import RandomWeights
+from .upload import Progress
 
 Source = str | PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 
@@ -37,18 +40,21 @@ class Runtime:
             self._device = Device.default()
         return self._device
 
-    def load_program(self, data: Source, data_path: Source | Sequence[Source] | None = None) -> Program:
+    def load_program(
+        self, data: Source, data_path: Source | Sequence[Source] | None = None, random_weights: bool = False
+    ) -> Program:
         """Open a program.
 
         Args:
             data: a `.pte`: path (memory-mapped), bytes, or binary file.
             data_path: the `.ptd` file or files with its external weights.
+            random_weights: weights that are in none of the files get random values, for timing.
         Raises:
             ProgramFormatError: truncated, foreign or too new.
         """
         several = isinstance(data_path, list | tuple)
         paths: Sequence[Any] = data_path if several else [] if data_path is None else [data_path]  # type: ignore[assignment]
-        return Program(ProgramFile(data), [DataFile(path) for path in paths], self)
+        return Program(ProgramFile(data), [DataFile(path) for path in paths], self, random_weights)
 
 
 class Program:
@@ -58,12 +64,17 @@ class Program:
         file: the parsed `.pte`.
     """
 
-    def __init__(self, file: ProgramFile, data_files: Sequence[DataFile], runtime: Runtime) -> None:
+    def __init__(
+        self, file: ProgramFile, data_files: Sequence[DataFile], runtime: Runtime, random_weights: bool = False
+    ) -> None:
         self.file = file
+        self.random_weights = random_weights
         self.data_files = list(data_files)
         self.runtime = runtime
         self._weights: Weights | None = None
         self._methods: list[Method] = []
+        self._family: weakref.WeakSet[Method] = weakref.WeakSet()
+        """All methods over the weights, those on further states too."""
 
     @property
     def method_names(self) -> set[str]:
@@ -80,37 +91,64 @@ class Program:
                 found[plan.name] = values[0] if len(values) == 1 else values
         return found
 
+    @property
+    def random_count(self) -> int:
+        """Constants that got random values because their data are in no file (see `Runtime.load_program`)."""
+        return self._weights.made if isinstance(self._weights, RandomWeights) else 0
+
     def metadata(self, method_name: str) -> MethodMeta:
         """Types of a method's inputs and outputs, without loading it. Raises InputError for an unknown name."""
         return describe(self.file.plan(method_name))
 
-    def load_method(self, name: str = "forward", state: State | None = None) -> Method:
+    def load_method(
+        self, name: str = "forward", state: State | None = None, progress: Progress | None = None
+    ) -> Method:
         """Load a method: upload the weights that are not there yet, prepare its state.
+
+        Loading it again costs only the state: the rest is shared with those that were loaded before.
 
         Args:
             state: mutable buffers of another method of this program to share; None for own ones.
+            progress: called with (bytes uploaded, bytes in all) after each piece of the weights.
         Raises:
-            InputError: no such method.
+            InputError: no such method; the state was closed.
             MissingDataError, DeviceError, UnsupportedError: it cannot run here; everything that was uploaded for it
             is freed.
         """
         device = self.runtime.device
-        fresh = self._weights is None
+        if state is not None:
+            state.require_open()
+        with device.lock:
+            return self._load(name, state, device, progress)
+
+    def _load(self, name: str, state: State | None, device: Device, progress: Progress | None) -> Method:
+        self._methods = [method for method in self._methods if not method.closed]
+        like = next((method for method in self._family if method.name == name and not method.closed), None)
+        if like is not None:
+            self._methods.append(like.on_state(state))
+            return self._methods[-1]
         if self._weights is None:
-            self._weights = Weights(device)
+            self._weights = RandomWeights(device) if self.random_weights else Weights(device)
+        self._weights.progress = progress
+        known = self._weights.known()
         try:
-            method = Method(self.file, self.data_files, name, device, self._weights, state)
+            method = Method(self.file, self.data_files, name, device, self._weights, state, family=self._family)
         except BaseException:
-            if fresh:
-                self._weights.close()
-                self._weights = None
+            self._weights.keep(known)
             raise
+        finally:
+            self._weights.progress = None
         self._methods.append(method)
         return method
 
+    def new_state(self) -> State:
+        """An empty set of mutable buffers; a method that is loaded on it makes its own there, or finds those that
+        another method has made under the same names."""
+        return State(self.runtime.device)
+
     def close(self) -> None:
         """Free all GPU memory of the program and its methods."""
-        for method in self._methods:
+        for method in list(self._family):
             method.close()
         self._methods.clear()
         if self._weights is not None:

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from ..backend.graph import Sym
 from .delegate import Delegate
 from .errors import InputError
 from .plan import Plan
+from .workspace import locked
 
 HostArray = np.ndarray[Any, Any]
 
@@ -34,6 +36,7 @@ class Replay:
 
     def __init__(self, delegate: Delegate, inputs: Sequence[tuple[str, HostArray]]) -> None:
         self.delegate = delegate
+        self.device = delegate.device
         self._env = delegate.bind(inputs)
         self._types = [(dtype, array.shape) for dtype, array in inputs]
         self._scalars = tuple(s for s in self._env if s.op == "scalar")
@@ -48,11 +51,13 @@ class Replay:
         """
         if self.delegate.closed:
             raise InputError("this step was captured from a delegate that was closed: load the method, capture again")
+        self.delegate.state.require_open()
         plan = self._plan
         if plan is None or plan.dropped or plan.generation != self.delegate.planner.generation:
             plan = self._plan = self.delegate.plan(self._env)
         return plan
 
+    @locked
     def execute(self, inputs: Sequence[tuple[str, HostArray]]) -> list[tuple[str, HostArray | int]]:
         """Run the step with other numbers; as `Delegate.execute`, without finding out what the captured step knows.
 
@@ -61,6 +66,11 @@ class Replay:
                 was closed. Nothing was submitted then.
             DeviceError: the device failed.
         """
+        plan, env = self.prepare(inputs)
+        return self.delegate.run(plan, inputs, env)
+
+    def prepare(self, inputs: Sequence[tuple[str, HostArray]]) -> tuple[Plan, dict[Sym, int]]:
+        """The plan and the symbol values of a step with other numbers. Raises InputError as `execute`."""
         found = [(dtype, array.shape) for dtype, array in inputs]
         if found != self._types:
             raise InputError(
@@ -71,7 +81,7 @@ class Replay:
         for symbol in self._scalars:
             env[symbol] = self.delegate.element(symbol, inputs, env.__getitem__)
             self.delegate.check_range(symbol, env[symbol])
-        return self.delegate.run(plan, inputs, env)
+        return plan, env
 
 
 def _shown(types: Sequence[tuple[str, tuple[int, ...]]]) -> str:

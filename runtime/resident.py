@@ -20,7 +20,7 @@ from ..backend.graph import Dim, Ref, Sym
 from . import native
 from .buffers import ReadBack
 from .chooser import NAN_LOGITS, NO_LOGITS, Advance, Chooser, Logits, Target
-from .decoder import Convention, calls
+from .decoder import Convention, Ragged, calls
 from .delegate import Delegate
 from .errors import DeviceError, UnsupportedError
 from .host import to_host
@@ -28,9 +28,14 @@ from .method import Method
 from .plan import Plan
 from .replay import Replay
 from .sampling import Sampling
+from .workspace import locked
 
 DEPTH = 2
 """Submits in flight: one that the GPU runs, and one that waits behind it."""
+
+
+class Interrupted(DeviceError):
+    """Another run used the step's buffers meanwhile: collect what is under way, then start again."""
 
 
 UNCHOSEN = {
@@ -43,15 +48,24 @@ UNCHOSEN = {
 
 @dataclass(frozen=True)
 class Whole:
-    """A method that is one delegate: which of the delegate's inputs are tokens and positions, which output logits."""
+    """A method that is one delegate: which of the delegate's inputs are tokens and positions, which output logits.
+
+    For rows with lengths of their own the positions are `past`, and `lengths` is the input `q_len`.
+    """
 
     delegate: Delegate
     tokens: int
     positions: int
     logits: int
+    lengths: int | None = None
+
+    def order(self, given: Sequence[Any]) -> list[Any]:
+        """The method's inputs in the delegate's order."""
+        places = {self.tokens: 0, self.positions: 1, self.lengths: 2}
+        return [given[places[number]] for number in range(len(given))]
 
 
-def find_whole(method: Method, convention: Convention) -> Whole:
+def find_whole(method: Method, convention: Convention | Ragged) -> Whole:
     """How to decode a method on the GPU alone.
 
     Raises:
@@ -63,15 +77,17 @@ def find_whole(method: Method, convention: Convention) -> Whole:
     found = calls(method)
     if len(found) != 1:
         raise UnsupportedError(f"the method is {len(found)} delegates, not one")
-    if not convention.rewindable:
+    if isinstance(convention, Convention) and not convention.rewindable:
         raise UnsupportedError("the method's state cannot go back, so no step may run ahead")
     delegate, given, results = found[0]
-    if sorted(place for place in given if place is not None) != [0, 1]:
+    ragged = isinstance(convention, Ragged) or convention.ragged is not None
+    if sorted(place for place in given if place is not None) != list(range(3 if ragged else 2)):
         raise UnsupportedError("the delegate does not take the tokens and their positions as they are given")
     output = method.plan.outputs[0]
     if output not in results or not isinstance(delegate.graph.outputs[results.index(output)], Ref):
         raise UnsupportedError("the logits do not come from the delegate")
-    return Whole(delegate, given.index(0), given.index(1), results.index(output))
+    lengths = given.index(2) if ragged else None
+    return Whole(delegate, given.index(0), given.index(1), results.index(output), lengths)
 
 
 def growth(dim: Dim, positions: int) -> int | None:
@@ -141,20 +157,15 @@ class Resident:
 
     def _inputs(self, token: int, position: int) -> list[tuple[str, Any]]:
         """The delegate's inputs for one token."""
-        given = [to_host(array) for array in self.convention.inputs([token], position)]
-        count = len(self.delegate.graph.inputs)
-        order = {self.whole.tokens: 0, self.whole.positions: 1}
-        return [given[order[place]] for place in range(count)]
+        return self.whole.order([to_host(array) for array in self.convention.inputs([token], position)])
 
     # -- what a plan is bound to
 
     def _prepare(self) -> Plan:
         """The step's plan; a chooser bound to its buffers."""
         plan = self._replay.plan()
-        if plan is self._bound and self._chooser is not None:
+        if plan is self._bound and self.delegate.workspace.keeps(self._chooser):
             return plan
-        if self._chooser is not None:
-            self._chooser.close()
         graph = self.delegate.graph
         output = graph.outputs[self.whole.logits]
         if not isinstance(output, Ref):
@@ -163,14 +174,12 @@ class Resident:
         vocabulary = self.convention.vocabulary
         token_buffer = plan.buffers[graph.inputs[self.whole.tokens]]
         position_buffer = plan.buffers[graph.inputs[self.whole.positions]]
-        self._chooser = Chooser(
-            self.device,
-            vocabulary,
-            1,
-            Logits(plan.buffers[output.value], 0, vocabulary, kind),
-            self.capacity,
-            [Target(token_buffer)],
-            [Advance(position_buffer, 0, 1), *self._advances(plan)],
+        logits = Logits(plan.buffers[output.value], 0, vocabulary, kind)
+        advances = [Advance(position_buffer, 0, 1), *self._advances(plan)]
+        self._chooser = self.delegate.workspace.keep(
+            "steps",
+            (logits, token_buffer, *advances, self.capacity),
+            lambda: Chooser(self.device, vocabulary, 1, logits, self.capacity, [Target(token_buffer)], advances),
         )
         self._records.clear()
         self._bound = plan
@@ -193,6 +202,7 @@ class Resident:
 
     # -- a run
 
+    @locked
     def start(self, token: int, position: int, sampling: Sampling, seed: int, history: Sequence[int]) -> None:
         """Begin: `token` stands at `position` and is what the first step runs.
 
@@ -215,19 +225,22 @@ class Resident:
             chooser.seen(history)
         self._sampling = (sampling, seed)
         self._position, self._done = position, 0
+        self.delegate.workspace.holder = self
 
+    @locked
     def submit(self, steps: int) -> None:
         """Encode and submit `steps` steps, at least 1. Their tokens wait to be collected; at most DEPTH submits fly.
 
         Raises:
             InputError: a position would be out of range, or the delegate was closed; nothing was submitted.
-            DeviceError: a larger call came between, so that this run's buffers are no longer there.
+            Interrupted: another call or run came between and used the same buffers.
         """
         if not self._free:
             raise DeviceError(f"{DEPTH} submits are under way: collect one first")
         plan = self._replay.plan()
-        if plan is not self._bound or self._chooser is None:
-            raise DeviceError("the buffers of this run were replaced by another call: start it again")
+        workspace = self.delegate.workspace
+        if plan is not self._bound or self._chooser is None or workspace.holder is not self:
+            raise Interrupted("the buffers of this run were used by another call: start it again")
         last = self._inputs(0, self._position + steps - 1)  # positions of the steps between are between
         self.delegate.check(plan, last, self.delegate.bind(last))
         records = self._step_records(plan)
@@ -258,6 +271,7 @@ class Resident:
             self._records[id(launches)] = native.compiled([*plan.launches, *launches])
         return self._records[id(launches)]
 
+    @locked
     def collect(self) -> list[int]:
         """Wait for the oldest submit; the tokens that it chose (negative: see `chooser.NAN_LOGITS`, `NO_LOGITS`)."""
         slot, submission, steps = self._flying.popleft()
@@ -277,14 +291,13 @@ class Resident:
         while self._flying:
             self.collect()
 
+    @locked
     def close(self) -> None:
-        """Free the GPU memory of the run (the delegate's own stays)."""
+        """Free the GPU memory of the run (what it shares with others stays)."""
         self.drop()
         for slot in self._slots:
             slot.close()
-        if self._chooser is not None:
-            self._chooser.close()
-            self._chooser = None
+        self._chooser = None
         self._bound = None
 
 
@@ -296,6 +309,10 @@ class Batch:
     def __init__(self, fixed: int | None) -> None:
         self.fixed = fixed
         self.steps = fixed or 1
+        self._last = time.perf_counter()
+
+    def begin(self) -> None:
+        """Steps begin now, at the pace of those before."""
         self._last = time.perf_counter()
 
     def done(self, steps: int) -> None:

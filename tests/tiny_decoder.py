@@ -4,7 +4,9 @@ Where ExecuTorch cannot be installed, TINY_DECODERS names a folder of programs t
 `python -m tests.tiny_decoder FOLDER`.
 
 `build("llama")` has Llama's calling convention of ExecuTorch (tokens, position of the first), `build("static")` the
-same for one token a call, `build("hugging_face")` that of Hugging Face exports (tokens, position of each).
+same for one token a call, `build("hugging_face")` that of Hugging Face exports (tokens, position of each), and
+`build("ragged")` that of batches whose rows have lengths of their own (tokens, past, q_len; logits of each row's last
+token), `build("ragged_all")` the same with the logits of every token, and `build("ragged_one")` with one row.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ VOCAB, DIM, HEADS, KV_HEADS, HEAD = 260, 32, 2, 1, 16
 CAPACITY, LONGEST = 24, 8
 STOP = 257
 """Rows of the caches; most tokens a call; the token that the programs name as their end."""
+BATCH = 4
+"""Rows of the ragged programs."""
 
 
 class Decoder(torch.nn.Module):
@@ -87,11 +91,53 @@ class HuggingFace(Decoder):
         return self.step(input_ids, positions, _start(cache_position, input_ids.shape[1]))
 
 
-_CLASSES = {"llama": Llama, "static": Static, "hugging_face": HuggingFace}
+class Ragged(Decoder):
+    """tokens i64[BATCH, S], past i32[BATCH], q_len i32[BATCH] -> logits f32[BATCH, VOCAB] of each row's last token."""
+
+    def __init__(self, every: bool = False, batch: int = BATCH) -> None:
+        """`every`: give the logits of every token instead, f32[BATCH, S, VOCAB]; `batch`: another number of rows."""
+        super().__init__()
+        self.every = every
+        for name in ("k_cache", "v_cache"):
+            self.register_buffer(name, torch.zeros(batch, CAPACITY, KV_HEADS, HEAD))
+
+    def forward(self, tokens: torch.Tensor, past: torch.Tensor, q_len: torch.Tensor) -> torch.Tensor:
+        positions = (past[:, None] + torch.arange(tokens.shape[1])).clamp(max=CAPACITY - 1)
+        x = torch.nn.functional.embedding(tokens, self.embedding)
+        x = x + torch.nn.functional.embedding(positions, self.positions)
+        q, k, v = (torch.nn.functional.linear(x, weight) for weight in (self.q, self.k, self.v))
+        attend = torch.ops.executorch_webgpu.group_query_attention
+        x = x + attend(q, k, v, self.k_cache, self.v_cache, past, q_len, HEADS, KV_HEADS)
+        if not self.every:
+            x = torch.ops.executorch_webgpu.last_rows(x, q_len)
+        return torch.nn.functional.linear(x, self.out)
+
+
+class RaggedAll(Ragged):
+    def __init__(self) -> None:
+        super().__init__(every=True)
+
+
+class RaggedOne(Ragged):
+    def __init__(self) -> None:
+        super().__init__(batch=1)
+
+
+_CLASSES: dict[str, type[Decoder]] = {
+    "llama": Llama, "static": Static, "hugging_face": HuggingFace, "ragged": Ragged, "ragged_all": RaggedAll,
+    "ragged_one": RaggedOne,
+}  # fmt: skip
+_RAGGED = {
+    "get_max_context_len": CAPACITY, "get_max_seq_len": LONGEST, "get_max_batch_size": BATCH, "get_vocab_size": VOCAB,
+    "get_eos_ids": [STOP],
+}  # fmt: skip
 CONSTANTS = {
     "llama": {"get_max_context_len": CAPACITY, "get_max_seq_len": CAPACITY, "get_eos_ids": [STOP, STOP + 1]},
     "static": {},
     "hugging_face": {"get_max_seq_len": CAPACITY, "get_eos_id": STOP},
+    "ragged": _RAGGED,
+    "ragged_all": _RAGGED,
+    "ragged_one": {**_RAGGED, "get_max_batch_size": 1},
 }
 """Constant methods by convention; the static program has none, so that its capacity must be found otherwise."""
 
@@ -114,19 +160,24 @@ def build(convention: str, external: bool = False) -> Tiny:
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
 
+    from executorch_webgpu.llm import group_query_attention  # noqa: F401
     from executorch_webgpu.partitioner import WebGPUPartitioner
 
     module = _CLASSES[convention]().eval()
     seq = torch.export.Dim("seq", min=1, max=LONGEST)
     length = 1 if convention == "static" else 3
     tokens = torch.arange(length)[None]
-    shapes: tuple[object, object] | None = ({1: seq}, None)
-    example = (tokens, torch.tensor([2]))
+    shapes: tuple[object, ...] | None = ({1: seq}, None)
+    example: tuple[torch.Tensor, ...] = (tokens, torch.tensor([2]))
     if convention == "static":
         shapes = None
     elif convention == "hugging_face":
         shapes = ({1: seq}, {0: seq})
         example = (tokens, torch.arange(length))
+    elif convention.startswith("ragged"):
+        shapes = ({1: seq}, None, None)
+        lengths = torch.ones(module.k_cache.shape[0], dtype=torch.int32)
+        example = (tokens.repeat(len(lengths), 1), lengths, lengths.clone())
     with torch.no_grad():
         exported = torch.export.export(module, example, dynamic_shapes=shapes, strict=True)
     edge = to_edge_transform_and_lower(
@@ -160,6 +211,8 @@ def greedy(prompt: Sequence[int], count: int) -> list[int]:
 
 def last_logits(tokens: Sequence[int]) -> torch.Tensor:
     """PyTorch's logits f32[VOCAB] after `tokens`."""
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+
     module = Llama().eval()
     with torch.no_grad(), PreciseOps():
         return module.step(torch.tensor([list(tokens)]), module.positions[: len(tokens)], 0)[0, -1]

@@ -1,5 +1,5 @@
 // Last step of a random choice (runtime/chooser.py): the first id whose cumulative mass, in the order of ids, exceeds u * total, with u a
-// 32-bit random fraction from (seed, position, row); then what follows from it (choose_outputs.wgsl). All in integers, so the sums of the
+// 32-bit random fraction from (seed, position, stream); then what follows from it (choose_outputs.wgsl). All in integers, so the sums of the
 // chunks and the walk through one chunk agree.
 //
 // Appended by the host: philox.wgsl, choose_keys.wgsl, choose_weights.wgsl, choose_outputs.wgsl.
@@ -19,7 +19,8 @@
 struct Params {
     vocabulary: u32, chunks: u32, rows: u32, capacity: u32, work_stride: u32,
     cut: u32, sums: u32, // as in choose_sums.wgsl
-    target_count: u32, advance_count: u32, // used entries of:
+    target_count: u32, advance_count: u32, // used entries of `targets` and `advances`
+    lengths: vec4<u32>, // of rows with their own: (buffer of past, buffer of q_len, capacity, 1); else zeros
     targets: vec4<u32>, // (buffer, word) twice
     advances: array<vec4<i32>, 32>, // (buffer, word, delta, 0)
 }
@@ -53,10 +54,12 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     let ties = atomicLoad(&work[base + params.cut + 1u]);
     let tie_weight = weight_of(key, best.x, inverse_temperature);
     let tie_mass = mass_of(select(0.0, tie_weight, tie_weight >= min_p));
-    let word = philox(
-        vec4<u32>(state[counters], state[counters + 1u], row, 0u),
+    let position = position_of(row);
+    var word = philox(
+        vec4<u32>(position.x, position.y, state[row * 8u + 7u], 0u),
         vec2<u32>(state[row * 8u + 5u], state[row * 8u + 6u]),
     ).x;
+    if (inverse_temperature == 0.0) { word = 0u; } // greedy: the lowest id of the largest ones
 
     // Which chunk: an invocation takes neighbouring ones.
     let each = (params.chunks + 255u) / 256u;

@@ -15,7 +15,8 @@
 
 struct Params {
     vocabulary: u32, chunks: u32, rows: u32, capacity: u32, work_stride: u32,
-    target_count: u32, advance_count: u32, // used entries of:
+    target_count: u32, advance_count: u32, // used entries of `targets` and `advances`
+    lengths: vec4<u32>, // of rows with their own: (buffer of past, buffer of q_len, capacity, 1); else zeros
     targets: vec4<u32>, // (buffer, word) twice
     advances: array<vec4<i32>, 32>, // (buffer, word, delta, 0)
 }

@@ -3,6 +3,7 @@
 // The weight of a token is exp((score - largest score) / temperature), at most 1; its mass is the weight in units of 2^-40, a 64-bit integer
 // in two words (low, high). Sums of integers do not depend on their order: workgroups may add with atomics and the same seed still gives
 // the same token. The largest token has mass 2^40; lighter ones than 2^-40 have none (2^18 of them are less than 3e-7 of the total).
+// An inverse temperature of 0 stands for a greedy row among others: only the largest tokens have mass.
 //
 // Needs: work; workgroup arrays low, high of at least 516 atomics; params.chunks; philox.wgsl (mul_high), choose_keys.wgsl.
 
@@ -41,7 +42,7 @@ fn minus(a: Sum, b: Sum) -> Sum {
 
 fn weight_of(key: u32, largest: u32, inverse_temperature: f32) -> f32 {
     if (key == largest) { return 1.0; }
-    if (largest == PLUS_INFINITY_KEY || key <= MINUS_INFINITY_KEY) { return 0.0; }
+    if (inverse_temperature == 0.0 || largest == PLUS_INFINITY_KEY || key <= MINUS_INFINITY_KEY) { return 0.0; }
     let exponent = (score_of(key) - score_of(largest)) * inverse_temperature;
     if (!(exponent > -30.0)) { return 0.0; }
     return min(exp(exponent), 1.0);

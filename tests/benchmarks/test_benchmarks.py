@@ -335,6 +335,25 @@ def test_decode_loop_of_a_program(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(value > 0 for value in step["host"].values())
 
 
+def test_decode_loop_of_a_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, several = tmp_path / "one.pte", tmp_path / "several.pte"
+    one.write_bytes(tiny_decoder.build("llama").pte)
+    several.write_bytes(tiny_decoder.build("ragged").pte)
+    options = ["--pte", str(one), "--past", "2", "--steps", "16", "--modes", "resident-4"]
+    options += ["--batched", str(several), "--rows", "1,4"]
+    _, *steps, alone, together = run(decode_loop.main, options, capsys)
+    assert [line["benchmark"] for line in steps] == ["decode_loop.batch"] * 2
+    assert [line["shape"]["rows"] for line in (*steps, alone, together)] == [1, 4, 1, 4]
+    for line in (*steps, alone, together):
+        assert line["tokens_per_s"] == pytest.approx(line["shape"]["rows"] * line["steps_per_s"], rel=1e-3)
+    assert all(0 < line["gpu_busy_by_stamps"] <= 1 for line in steps)
+    assert (alone["benchmark"], alone["shape"]["steps"]) == ("decode_loop.texts", 16)
+    with pytest.raises(InputError, match="5 rows of a batch of 4"):
+        decode_loop.main([*options[:-1], "5", *COMMON])
+    with pytest.raises(InputError, match="no room for 8 steps at position 20"):
+        decode_loop.main([*options, "--past", "20", *COMMON])
+
+
 class _Model:
     """A decoder of which only the parts that a mode uses are there."""
 

@@ -149,7 +149,7 @@ def near_misses(got: Array, logits: Array, sampling: Sampling, seed: int, positi
 
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("vocabulary", [*SIZES, *LARGE])
-def test_greedy_takes_the_lowest_of_the_largest(on: str, vocabulary: int) -> None:
+def test_J2_greedy_takes_the_lowest_of_the_largest(on: str, vocabulary: int) -> None:
     rng = np.random.default_rng(vocabulary)
     with rig(device(on), random_logits(vocabulary)) as r:
         for _ in range(4):
@@ -180,7 +180,7 @@ def test_greedy_orders_like_floats(on: str, values: list[float]) -> None:
 @pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("vocabulary", SIZES)
-def test_equals_the_host(on: str, vocabulary: int, ties: bool) -> None:
+def test_J3_equals_the_host(on: str, vocabulary: int, ties: bool) -> None:
     """Every combination of options at one size, every eleventh at the others; each with its own seed and position."""
     logits = random_logits(vocabulary, ties=ties)
     chosen = OPTIONS if vocabulary == 257 else OPTIONS[vocabulary % 11 :: 11]

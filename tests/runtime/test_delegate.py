@@ -12,6 +12,7 @@ from executorch_webgpu.runtime.host import to_host
 from tests.harness import DEVICES, GraphBuilder, device
 
 SIZE = Sym("input_dim", (0, 0))
+SIZE_1 = Sym("input_dim", (0, 1))
 POSITION = Sym("scalar", (1, 0))
 CAPACITY = 12
 
@@ -195,3 +196,30 @@ def test_more_live_scalars_than_a_window_holds() -> None:
         at = np.random.default_rng(seed).integers(0, 1000, 200)
         got = [float(a[0]) for _, a in delegate.execute([to_host(at)])]
         assert got == [float(v) for v in at[:150]]
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("columns", [1, 3, 4, 5])
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_only_the_last_row_of_an_output(name: str, columns: int, dtype: str) -> None:
+    """Rows of f16 may begin between multiples of 4 bytes; the other output is whole."""
+    b = GraphBuilder()
+    x = b.input(dtype, (1, SIZE_1, columns))
+    first = b.node("aten.neg.default", {"self": x}, (dtype, (1, SIZE_1, columns)))
+    other = b.node("aten.abs.default", {"self": x}, (dtype, (1, SIZE_1, columns)))
+    on = device(name)
+    delegate = b.load(b.graph(first, other, symbols=(SymbolRange(SIZE_1, 0, 9),)), on)
+    for rows in (1, 2, 3, 8):
+        data = (
+            -np.arange(1, rows * columns + 1).reshape(1, rows, columns).astype(np.float32 if dtype == "f32" else "f2")
+        )
+        before = on.counters.copy()
+        [(_, whole), _] = delegate.execute([to_host(data)])
+        all_bytes = on.counters.since(before).bytes_read
+        before = on.counters.copy()
+        [(_, last), (_, rest)] = delegate.execute([to_host(data)], 0)
+        np.testing.assert_array_equal(last, whole[:, -1:])
+        np.testing.assert_array_equal(rest, -data)
+        assert on.counters.since(before).bytes_read <= all_bytes
+    assert delegate.execute([to_host(data[:, :0])], 0)[0][1].shape == (1, 0, columns)
+    delegate.close()

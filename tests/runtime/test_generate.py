@@ -101,6 +101,18 @@ def test_prompts_may_come_in_parts(generator: Generator, reference: list[int]) -
     assert generator.length == 12
 
 
+def test_of_all_logits_only_the_last_row_is_read(generator: Generator) -> None:
+    """Whatever the program gives: four bytes a token of the vocabulary for each call."""
+    generator.append_tokens(PROMPT)
+    before = device("full").counters.copy()
+    generator.append_tokens(LONG_PROMPT[:LONGEST])
+    done = device("full").counters.since(before)
+    assert done.bytes_read == 4 * VOCAB * done.reads
+    expected = tiny_decoder.last_logits([*PROMPT, *LONG_PROMPT[:LONGEST]]).numpy()
+    assert generator.logits is not None
+    np.testing.assert_allclose(generator.logits, expected, rtol=1e-3, atol=1e-3)
+
+
 # -- capacity
 
 
@@ -151,11 +163,11 @@ def test_a_failed_call_leaves_the_sequence_as_it_was(
     generator.append_tokens(PROMPT)
     execute, calls = method.execute, []
 
-    def failing(inputs: Any) -> Any:
+    def failing(inputs: Any, last_row: bool) -> Any:
         calls.append(inputs)
         if len(calls) == 2:
             raise RuntimeError("device lost")
-        return execute(inputs)
+        return execute(inputs, last_row)
 
     monkeypatch.setattr(method, "execute", failing)
     with pytest.raises(RuntimeError, match="device lost"):

@@ -1,175 +1,21 @@
-"""The torch-free `.pte` and `.ptd` reader against files that executorch writes, and against damaged files."""
+"""The torch-free `.pte` reader against files that executorch writes: records, data, sources, closing."""
 
 import dataclasses
 import gzip
 import io
 import mmap
-import random
-import struct
 import subprocess
 import sys
 import tempfile
 
 import numpy as np
 import pytest
-import torch
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge, to_edge_transform_and_lower
 from executorch.exir import schema as et
-from executorch.exir._serialize._flatbuffer_program import _program_to_flatbuffer
-from executorch.exir._serialize._named_data_store import NamedDataStore
 from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary
-from executorch.exir.backend.backend_details import BackendDetails, PreprocessResult
-from executorch.exir.backend.compile_spec_schema import CompileSpec
-from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, PartitionResult
-from executorch.exir.backend.utils import tag_constant_data
-from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
 
 from executorch_webgpu.runtime import pte
-from executorch_webgpu.runtime.errors import InputError, MissingDataError, ProgramFormatError, WebGPUDelegateError
-from executorch_webgpu.runtime.flatfile import FlatBuffer
-
-_HEADER_END = 40
-
-# ---- programs ----
-
-
-class ReaderTestBackend(BackendDetails):
-    """Lowers anything to a fixed blob and three pieces of named data, two of which have the same bytes."""
-
-    @staticmethod
-    def preprocess(edge_program, compile_specs):
-        store = NamedDataStore()
-        store.add_named_data("weight.a", bytes(range(200)), 64)
-        store.add_named_data("weight.b", bytes(range(200)), 64)
-        store.add_named_data("weight.c", b"third", 16)
-        return PreprocessResult(
-            processed_bytes=b"blob of the backend", data_store_output=store.get_named_data_store_output()
-        )
-
-
-class _Partition(Partitioner):
-    def partition(self, exported_program):
-        spec = DelegationSpec("ReaderTestBackend", [CompileSpec("size", b"\x04\x00"), CompileSpec("empty", b"")])
-        for node in exported_program.graph.nodes:
-            if node.op == "call_function":
-                node.meta["delegation_tag"] = "all"
-        tag_constant_data(exported_program)
-        return PartitionResult(exported_program, {"all": spec})
-
-
-class _Net(torch.nn.Module):
-    """Constants of two dtypes, a buffer with initial data, one without, lists, scalars, None arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = torch.nn.Linear(6, 4)
-        self.register_buffer("table", torch.arange(12).reshape(3, 4))
-        self.register_buffer("count", torch.tensor([3.0, 5.0]))
-        self.register_buffer("scratch", torch.zeros(4))
-
-    def forward(self, x):
-        self.count.add_(1)
-        self.scratch.copy_(x[0, :4])
-        y = self.linear(x)[:, None].expand(-1, 3, -1) + self.table
-        parts = torch.split(y.sum(1).permute(1, 0), 2)
-        return {"a": torch.cat([parts[1], parts[0]]), "b": self.count * 2.5 + self.scratch.mean()}
-
-
-class _Dynamic(torch.nn.Module):
-    def forward(self, x, y):
-        return torch.cat([x.reshape(-1, 2), y.reshape(-1, 2)]) * x.shape[0]
-
-
-class _Cond(torch.nn.Module):
-    def forward(self, flag, x):
-        return torch.cond(flag, lambda t: t + 1, lambda t: t * 2.0, (x,))
-
-
-def _export(module, *args, shapes=None):
-    return torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=True)
-
-
-def _two_methods():
-    n = torch.export.Dim("n", min=2, max=9)
-    methods = {
-        "decode": _export(_Net(), torch.randn(2, 6)),
-        "prefill": _export(_Dynamic(), torch.randn(4, 2), torch.randn(2, 2), shapes=({0: n}, None)),
-    }
-    constants = {
-        "get_len": 128, "get_eos": [1, 2, 3], "use_kv": True, "scale": 0.5, "name": "tiny", "minus": -(2**40),
-        "vector": torch.tensor([1.5, 2.5]), "infinite": float("inf"), "flags": [True, False],
-    }  # fmt: skip
-    return to_edge(methods, constant_methods=constants, compile_config=EdgeCompileConfig(_check_ir_validity=False))
-
-
-def _save(folder, name, edge, **config):
-    config.setdefault("passes", [InitializedMutableBufferPass(["count"])])
-    program = edge.to_executorch(ExecutorchBackendConfig(**config))
-    path = folder / f"{name}.pte"
-    path.write_bytes(program.buffer)
-    program.write_tensor_data_to_file(str(folder))
-    return path
-
-
-def _lowered():
-    return to_edge_transform_and_lower(_export(torch.nn.Linear(6, 4), torch.randn(2, 6)), partitioner=[_Partition()])
-
-
-def _handmade(folder):
-    """What the exporter emits rarely or no longer: every value and instruction, inline constants, no header."""
-    constant = et.Tensor(et.ScalarType.INT, 0, [2], [0], True, 0, 1, None, et.TensorShapeDynamism.STATIC)
-    extra = et.ExtraTensorInfo(0, "name", device_type=et.DeviceType.CUDA, device_index=1)
-    planned = et.Tensor(
-        et.ScalarType.FLOAT, 0, [1, 2], [1, 0], False, 0, 0, et.AllocationDetails(1, 8, 0),
-        et.TensorShapeDynamism.DYNAMIC_UNBOUND, extra,
-    )  # fmt: skip
-    values = [
-        et.Null(), et.Int(-5), et.Bool(True), et.Double(1.25), constant, et.String("grün"), et.IntList([1, 1]),
-        et.DoubleList([0.5, -2.0]), et.BoolList([True, False]), et.TensorList([4, 9]), et.OptionalTensorList([4, -1]),
-        planned, et.IntList([]),
-    ]  # fmt: skip
-    calls = [
-        et.KernelCall(0, [1, 4]), et.DelegateCall(0, [4]), et.MoveCall(1, 2), et.JumpFalseCall(2, 5), et.FreeCall(4)
-    ]  # fmt: skip
-    reference = et.BackendDelegateDataReference(et.DataLocation.INLINE, 0)
-    plan = et.ExecutionPlan(
-        "forward", et.ContainerMetadata("in", "out"), [et.EValue(v) for v in values], [4], [6, 9],
-        [et.Chain([4], [6], [et.Instruction(call) for call in calls], None)],
-        [et.Operator("aten::add", "out")], [et.BackendDelegate("Any", reference, [])], [0, 16],
-    )  # fmt: skip
-    buffers = [et.Buffer(b""), et.Buffer(struct.pack("<2i", 7, 8))]
-    blobs = [et.BackendDelegateInlineData(b"inline")]
-    program = et.Program(0, [plan], buffers, blobs, [], et.SubsegmentOffsets(0, []))
-    path = folder / "handmade.pte"
-    path.write_bytes(_program_to_flatbuffer(program).data)
-    return path
-
-
-_BUILDERS = {
-    "handmade": _handmade,
-    "methods": lambda folder: _save(folder, "methods", _two_methods()),
-    "cond": lambda folder: _save(folder, "cond", to_edge(_export(_Cond(), torch.tensor(True), torch.randn(3)))),
-    "delegate": lambda folder: _save(folder, "delegate", _lowered()),
-    "inline": lambda folder: _save(folder, "inline", _lowered(), extract_delegate_segments=False),
-    "external": lambda folder: _save(
-        folder, "external", to_edge(_export(_Net(), torch.randn(2, 6))), external_constants=True
-    ),
-    "bare": lambda folder: _save(folder, "bare", to_edge(_export(_Dynamic(), torch.randn(4, 2), torch.randn(2, 2)))),
-}
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    """Paths of all test programs by name; external weights lie next to external.pte."""
-    folder = tmp_path_factory.mktemp("programs")
-    return {name: build(folder) for name, build in _BUILDERS.items()}
-
-
-@pytest.fixture(scope="session")
-def ptd_path(programs):
-    (path,) = programs["external"].parent.glob("*.ptd")
-    return path
-
+from executorch_webgpu.runtime.errors import InputError, MissingDataError
+from tests.runtime.programs import BUILDERS
 
 # ---- comparison with executorch's own reader ----
 
@@ -246,7 +92,7 @@ def _stored_by_executorch(file: PTEFile, tensor):
     return bytes(buffers[tensor.data_buffer_idx].storage)[: tensor.nbytes]
 
 
-@pytest.mark.parametrize("name", _BUILDERS)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_every_record_is_what_executorch_reads(programs, name):
     expected = deserialize_pte_binary(programs[name].read_bytes())
     with pte.Program(programs[name]) as program:
@@ -258,7 +104,7 @@ def test_every_record_is_what_executorch_reads(programs, name):
                 assert getattr(found, field.name) == getattr(wanted, field.name), (found.name, field.name)
 
 
-@pytest.mark.parametrize("name", _BUILDERS)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_every_stored_tensor_and_named_datum_has_the_bytes_executorch_reads(programs, name):
     expected = deserialize_pte_binary(programs[name].read_bytes())
     program = pte.Program(programs[name])
@@ -361,56 +207,6 @@ def test_scalar_types():
         assert dtype is None or dtype.itemsize == scalar_type.itemsize
 
 
-# ---- external weights ----
-
-
-def test_external_weights(programs, ptd_path):
-    data_file = pte.DataFile(ptd_path)
-    program = pte.Program(programs["external"])
-    external = [v for v in program.plan().values if isinstance(v, pte.TensorMeta) and v.is_external]
-    assert {t.fully_qualified_name for t in external} == set(data_file.keys())
-    for tensor in external:
-        key = tensor.fully_qualified_name
-        assert data_file.layout(key) == pte.TensorLayout(tensor.scalar_type, tensor.sizes, tensor.dim_order)
-        assert program.tensor_data(tensor, [data_file]) == data_file.named_data(key)
-        assert data_file.array(key).tobytes() == bytes(data_file.named_data(key))
-    with pytest.raises(MissingDataError, match=r"no data named .*external\.pte; pass the \.ptd"):
-        program.tensor_data(external[0])
-
-
-def test_external_weights_of_another_export(programs, ptd_path):
-    program = pte.Program(programs["external"])
-    tensor = next(v for v in program.plan().values if isinstance(v, pte.TensorMeta) and v.is_external)
-    other = dataclasses.replace(tensor, sizes=(99,), dim_order=(0,))
-    with pytest.raises(ProgramFormatError, match=r"expects .* \[99\]; use the \.ptd written by the same export"):
-        program.tensor_data(other, [pte.DataFile(ptd_path)])
-
-
-def test_data_file_array_follows_dim_order(tmp_path):
-    from executorch.exir._serialize.data_serializer import DataEntry, DataPayload
-    from executorch.exir.scalar_type import ScalarType
-    from executorch.exir.tensor_layout import TensorLayout
-    from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
-
-    stored = np.arange(6, dtype="<i4").reshape(3, 2)
-    layouts = {
-        "t": TensorLayout(ScalarType.INT, [2, 3], [1, 0]),
-        "h": TensorLayout(ScalarType.BFLOAT16, [12], [0]),
-        "raw": None,
-    }
-    entries = {key: DataEntry(0, 16, layout) for key, layout in layouts.items()}
-    data_file = pte.DataFile(bytes(FlatTensorSerializer().serialize(DataPayload([stored.tobytes()], entries))))
-    assert data_file.array("t").tolist() == stored.T.tolist()
-    assert data_file.layout("raw") is None
-    assert data_file.named_data("raw") == stored.tobytes()
-    with pytest.raises(InputError, match="BFLOAT16"):
-        data_file.array("h")
-    with pytest.raises(InputError, match="opaque"):
-        data_file.array("raw")
-    with pytest.raises(MissingDataError):
-        data_file.layout("absent")
-
-
 # ---- sources, sharing, closing ----
 
 
@@ -497,132 +293,3 @@ def test_reader_imports_neither_torch_nor_executorch():
         "assert not {'torch', 'executorch'} & set(sys.modules), 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# ---- damaged files ----
-
-
-def test_foreign_files(programs, ptd_path, tmp_path):
-    with pytest.raises(ProgramFormatError, match=r"wrong file identifier b'FT01', expected b'ET12'.*data file, \.ptd"):
-        pte.Program(ptd_path)
-    with pytest.raises(ProgramFormatError, match=r"wrong file identifier b'ET12', expected b'FT01'.*program, \.pte"):
-        pte.DataFile(programs["bare"])
-    with pytest.raises(ProgramFormatError, match=r"is this a \.pte\?$"):
-        pte.Program(b"PK\3\4" * 10)
-    empty = tmp_path / "empty.pte"
-    empty.touch()
-    with pytest.raises(ProgramFormatError, match=r"empty\.pte: truncated: the file has 0 bytes"):
-        pte.Program(empty)
-
-
-def test_truncation_names_the_segment(programs):
-    content = programs["delegate"].read_bytes()
-    last = len(pte.Program(content).segments) - 1
-    with pytest.raises(
-        ProgramFormatError, match=rf"truncated: segment {last} ends at byte {len(content)} but the file"
-    ):
-        pte.Program(content[:-1])
-
-
-def test_segments_need_the_header(programs):
-    content = bytearray(programs["delegate"].read_bytes())
-    content[8:12] = b"none"
-    with pytest.raises(ProgramFormatError, match="segments but no b'eh00' header"):
-        pte.Program(content)
-
-
-def _use_everything(reader, content):
-    """Reads all there is; True if nothing complained. Only errors of this package may come out."""
-    try:
-        with reader(content) as file:
-            _ = list(map(file.named_data, file.keys()))
-            for plan in file.plans if reader is pte.Program else ():
-                for value in plan.values:
-                    if isinstance(value, pte.TensorMeta) and not value.is_external:
-                        file.tensor_data(value)
-    except ProgramFormatError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize("name", _BUILDERS)
-def test_every_truncation_is_reported(programs, name):
-    content = programs[name].read_bytes()
-    program = pte.Program(content)
-    ends = {segment.offset + cut for segment in program.segments for cut in (0, 1, segment.size - 1)}
-    ends |= set(range(min(len(content), 200))) | set(range(0, len(content), max(1, len(content) // 300)))
-    for end in sorted(e for e in ends if 0 <= e < len(content)):
-        # A program without segments has no record of its size, so cuts behind the last table may pass.
-        assert not _use_everything(pte.Program, content[:end]) or not program.segments, end
-
-
-def _damage(content, rng):
-    damaged = bytearray(content)
-    for _ in range(rng.choice([1, 1, 1, 4])):
-        at = rng.randrange(len(damaged) - 8)
-        if rng.random() < 0.5:
-            damaged[at] ^= 1 << rng.randrange(8)
-        else:
-            value = rng.choice([0, 1, 0x7FFFFFFF, 0xFFFFFFFF, 0x80000000, len(content), at, rng.getrandbits(32)])
-            damaged[at : at + 4] = struct.pack("<I", value)
-    return bytes(damaged)
-
-
-@pytest.mark.parametrize("name", _BUILDERS)
-def test_flipped_bytes_never_escape(programs, name):
-    content = programs[name].read_bytes()
-    rng = random.Random(name)
-    outcomes = [_use_everything(pte.Program, _damage(content, rng)) for _ in range(1500)]
-    assert not all(outcomes)
-
-
-def test_damaged_data_file(ptd_path):
-    content = ptd_path.read_bytes()
-    rng = random.Random(1)
-    assert not all(_use_everything(pte.DataFile, _damage(content, rng)) for _ in range(1500))
-    for end in range(0, len(content), 7):
-        assert not _use_everything(pte.DataFile, content[:end])
-
-
-def test_each_header_byte_changed(programs):
-    content = bytearray(programs["delegate"].read_bytes())
-    for at in range(_HEADER_END):
-        for value in (0, 0x7F, 0xFF):
-            damaged = bytearray(content)
-            damaged[at] = value
-            _use_everything(pte.Program, damaged)
-
-
-def test_tables_shared_beyond_reason_are_refused():
-    """Lists of lists that all lead to the same table would cost the product of their lengths."""
-    count = 3000
-    # root table at 8 with one field: a list whose items all refer to the leaf table at the end
-    data = bytearray(struct.pack("<I4s", 16, b"ET12") + struct.pack("<HHHH", 6, 8, 4, 0))
-    data += struct.pack("<iI", 8, 4) + struct.pack("<I", count)
-    start = len(data)
-    leaf = start + 4 * count
-    data += b"".join(struct.pack("<I", leaf - (start + 4 * i)) for i in range(count))
-    data += struct.pack("<iI", leaf - 8, 0)
-    root = FlatBuffer(memoryview(data), len(data), "x").root()
-    assert len(root.tables(0)) == count
-    with pytest.raises(ProgramFormatError, match="refer to each other more often"):
-        _ = [root.tables(0) for _ in range(50)]
-
-
-def test_newer_schema_version_is_refused(programs):
-    content = bytearray(programs["methods"].read_bytes())
-    root = struct.unpack_from("<I", content)[0]
-    vtable = root - struct.unpack_from("<i", content, root)[0]
-    slot = struct.unpack_from("<H", content, vtable + 4)[0]
-    if not slot:  # version 0 is the default and so not stored: point it at a nonzero field (the list of methods)
-        struct.pack_into("<H", content, vtable + 4, struct.unpack_from("<H", content, vtable + 6)[0])
-    else:
-        struct.pack_into("<I", content, root + slot, 9)
-    with pytest.raises(ProgramFormatError, match="newer than this reader knows"):
-        pte.Program(content)
-
-
-def test_every_error_is_a_delegate_error():
-    assert issubclass(ProgramFormatError, WebGPUDelegateError)
-    assert issubclass(MissingDataError, WebGPUDelegateError)
-    assert issubclass(InputError, ValueError)

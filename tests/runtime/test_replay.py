@@ -3,7 +3,9 @@ happens between, and errors instead of stale results."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -60,7 +62,7 @@ def logits(outputs: list[tuple[str, Any]]) -> np.ndarray[Any, Any]:
 # -- captured steps
 
 
-def test_e1_e2_replays_are_executions(llama: Program) -> None:
+def test_E1_E2_replays_are_executions(llama: Program) -> None:
     """Same shapes, other numbers, over and over; outputs and temporaries hold rubbish before each."""
     fresh, captured = llama.load_method().delegates[0], llama.load_method().delegates[0]
     replay = Replay(captured, step(9, 0))
@@ -78,7 +80,7 @@ def poison(delegate: Any) -> None:
         delegate.device.gpu.queue.write_buffer(buffer, 0, np.full(buffer.size // 4, 0x7FC00000, np.uint32))
 
 
-def test_e9_a_prefill_between_replays(llama: Program) -> None:
+def test_E9_a_prefill_between_replays(llama: Program) -> None:
     """A longer call replaces buffers that the captured step was bound to."""
     fresh, captured = llama.load_method().delegates[0], llama.load_method().delegates[0]
     replay = Replay(captured, step(1, 0))
@@ -96,7 +98,7 @@ def test_e9_a_prefill_between_replays(llama: Program) -> None:
         )
 
 
-def test_e10_foreign_shapes_and_closed_delegates_raise(llama: Program) -> None:
+def test_E10_foreign_shapes_and_closed_delegates_raise(llama: Program) -> None:
     method = llama.load_method()
     replay = Replay(method.delegates[0], step(1, 0))
     first = logits(replay.execute(step(1, 0)))
@@ -126,7 +128,7 @@ def test_a_replay_whose_plan_was_dropped_binds_again(llama: Program) -> None:
     np.testing.assert_array_equal(logits(replay.execute(step(1, 0))), expected)
 
 
-def test_e14_captures_of_several_lengths(llama: Program) -> None:
+def test_E14_captures_of_several_lengths(llama: Program) -> None:
     fresh, captured = llama.load_method().delegates[0], llama.load_method().delegates[0]
 
     def call(length: int, position: int) -> list[tuple[str, Any]]:
@@ -140,7 +142,7 @@ def test_e14_captures_of_several_lengths(llama: Program) -> None:
         position += length
 
 
-def test_e16_profiling_changes_nothing(llama: Program) -> None:
+def test_E16_profiling_changes_nothing(llama: Program) -> None:
     if "timestamp-query" not in llama.runtime.device.features:
         with pytest.raises(DeviceError, match="timestamp"):
             llama.load_method().delegates[0].profile(step(1, 0))
@@ -155,8 +157,41 @@ def test_e16_profiling_changes_nothing(llama: Program) -> None:
 # -- decoding on the GPU
 
 
+def calls_of(work: Callable[[], object]) -> int:
+    """Python and C functions that `work` calls in this thread: what a step costs the host, without a clock."""
+    count = 0
+
+    def seen(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(seen)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_E17_a_replayed_step_costs_the_host_little(llama: Program) -> None:
+    """Of the calls of a step whose plan must be looked up, a replayed one makes few; many steps in a submit fewer."""
+    delegate = llama.load_method().delegates[0]
+    replay = Replay(delegate, step(1, 0))
+    for work in (lambda: replay.execute(step(1, 0)), lambda: delegate.execute(step(1, 0))):
+        work()
+    replayed = calls_of(lambda: replay.execute(step(1, 1)))
+    executed = calls_of(lambda: delegate.execute(step(1, 2)))
+    generator = made(llama, 16)
+    tokens(generator, 2)
+    generator.rewind_to(len(PROMPT))
+    generator.append_tokens([4])
+    resident = calls_of(lambda: generator.generate((), 17, stop_ids=())) / 17
+    assert replayed < executed
+    assert resident < executed / 4
+
+
 @pytest.mark.parametrize("sampling", [Sampling(), DRAWN, Sampling(repetition_penalty=1.7)], ids=str)
-def test_e18_steps_per_submit_change_no_token(program: Program, sampling: Sampling) -> None:
+def test_E18_steps_per_submit_change_no_token(program: Program, sampling: Sampling) -> None:
     expected = tokens(made(program, 0), CAPACITY - len(PROMPT), sampling)
     assert len(expected) == CAPACITY - len(PROMPT)
     for steps in (1, 4, 32, None):
@@ -193,7 +228,7 @@ def test_the_sequence_may_change_inside_a_stream(llama: Program) -> None:
     assert generator.generate_next() == expected[5]
 
 
-def test_e6_two_generators_interleaved_one_destroyed(llama: Program) -> None:
+def test_E6_two_generators_interleaved_one_destroyed(llama: Program) -> None:
     expected = tokens(made(llama, 0), 16)
     other_prompt = [9, 8, 7, 6]
     plain = made(llama, 0)
@@ -211,7 +246,7 @@ def test_e6_two_generators_interleaved_one_destroyed(llama: Program) -> None:
     assert seen[1] == list(other)
 
 
-def test_e7_generators_leave_nothing_behind(llama: Program) -> None:
+def test_E7_generators_leave_nothing_behind(llama: Program) -> None:
     method = llama.load_method()
     memory = llama.runtime.device.memory
     sizes, counts = [], []
@@ -225,7 +260,7 @@ def test_e7_generators_leave_nothing_behind(llama: Program) -> None:
     assert set(counts[1:]) == {(0, 0, 0)}
 
 
-def test_e8_only_tokens_come_back(llama: Program) -> None:
+def test_E8_only_tokens_come_back(llama: Program) -> None:
     generator = made(llama, 4)
     tokens(generator, 8)
     generator.rewind_to(len(PROMPT))
@@ -238,7 +273,7 @@ def test_e8_only_tokens_come_back(llama: Program) -> None:
     assert (done.buffers, done.pipelines, done.bind_groups) == (0, 0, 0)
 
 
-def test_e11_rubbish_between_replays_has_no_effect(llama: Program) -> None:
+def test_E11_rubbish_between_replays_has_no_effect(llama: Program) -> None:
     expected = tokens(made(llama, 0), 12)
     generator = made(llama, 3)
     stream = generator.stream(PROMPT, 12, stop_ids=())
@@ -248,7 +283,7 @@ def test_e11_rubbish_between_replays_has_no_effect(llama: Program) -> None:
     assert (*seen, *generator.generate((), 10, stop_ids=()).tokens) == expected
 
 
-def test_e12_parts_outside_the_delegate_are_named(llama: Program) -> None:
+def test_E12_parts_outside_the_delegate_are_named(llama: Program) -> None:
     generator = made(llama)
     method = generator.method
     method.outside = lambda: ["aten::topk.values"]  # type: ignore[method-assign]

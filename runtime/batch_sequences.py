@@ -1,0 +1,436 @@
+"""The rows of a batch as sequences: appending, choosing, rewinding and forks, for one row or several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Self, overload
+
+import numpy as np
+
+from .batch_loop import BatchLoop, Choice, Piece
+from .batch_rows import Row, RowCopies
+from .chooser import NAN_LOGITS, NO_LOGITS
+from .decoder import find_ragged
+from .errors import InputError, UnsupportedError, WebGPUDelegateError
+from .method import Method
+from .program import Program
+from .resident import UNCHOSEN, find_whole
+from .sampling import GREEDY, Sampling, choose
+
+Array = np.ndarray[Any, Any]
+CHUNK = 128
+"""Tokens of a prompt that run in one call, so that rows which are further on do not wait long."""
+
+
+class BatchSequences:
+    """See `BatchGenerator`, which adds whole texts."""
+
+    def __init__(
+        self,
+        source: Method | Program,
+        constants: Program | Mapping[str, Any] | None = None,
+        *,
+        steps_per_submit: int | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        if steps_per_submit is not None and steps_per_submit < 0:
+            raise InputError(f"steps_per_submit is {steps_per_submit}, expected at least 0, or None")
+        if chunk is not None and chunk < 1:
+            raise InputError(f"chunk is {chunk}, expected at least 1, or None")
+        if constants is None and isinstance(source, Program):
+            constants = source
+        self.constants = dict((constants.constants if isinstance(constants, Program) else constants) or {})
+        self._owned = isinstance(source, Program)
+        self.method = _load(source, self.constants) if isinstance(source, Program) else source
+        self.closed = False
+        self._loop: BatchLoop | None = None
+        self.fallback: str | None = "steps_per_submit is 0" if steps_per_submit == 0 else None
+        try:
+            self.convention = find_ragged(self.method, self.constants)
+            if self.fallback is None:
+                self._make_loop(steps_per_submit)
+        except BaseException:
+            if self._owned:
+                self.method.close()
+            raise
+        self.chunk = min(chunk or CHUNK, self.convention.chunk)
+        self.steps_per_submit = steps_per_submit
+        self._rows = [Row(number) for number in range(self.convention.rows)]
+        self._copies = RowCopies(self.method.device, self.method.state, self.rows, self.capacity)
+        self._key = object()
+        """Says in `State.user` that the state holds these sequences."""
+
+    def _make_loop(self, steps: int | None) -> None:
+        try:
+            whole = find_whole(self.method, self.convention)
+            if whole.delegate.companion is not None:
+                whole.delegate.companion.close()
+                whole.delegate.companion = None
+            self._loop = whole.delegate.companion = BatchLoop(whole, self.convention, steps)
+        except UnsupportedError as error:
+            self.fallback = str(error)
+
+    # -- what there is
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.convention.rows
+
+    @property
+    def capacity(self) -> int:
+        """The most ids a row can have."""
+        return self.convention.capacity
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return self.convention.vocabulary
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a text as the program says (constant methods `get_eos_ids`, `get_eos_id`); may be empty."""
+        found: set[int] = set()
+        for name in ("get_eos_ids", "get_eos_id"):
+            value = self.constants.get(name, ())
+            found.update(int(item) for item in (value if isinstance(value, list | tuple) else (value,)))
+        return frozenset(found)
+
+    def tokens(self, row: int) -> tuple[int, ...]:
+        """All ids of a row so far. Raises InputError for a row that is none."""
+        return tuple(self._row(row).tokens)
+
+    def length(self, row: int) -> int:
+        """Number of a row's ids so far, as `tokens`."""
+        return len(self._row(row).tokens)
+
+    def finished(self, row: int) -> bool:
+        """Whether a row's last id was chosen and is a stop id, or no more fit, as `tokens`. Rewinding and appending
+        clear it; it forbids nothing."""
+        found = self._row(row)
+        return found.stopped or len(found.tokens) == self.capacity
+
+    # -- sequences
+
+    @overload
+    def append_tokens(self, row: int, ids: Sequence[int]) -> None: ...
+    @overload
+    def append_tokens(self, row: Sequence[Sequence[int] | None]) -> None: ...
+    def append_tokens(self, row: int | Sequence[Sequence[int] | None], ids: Sequence[int] | None = None) -> None:
+        """Add ids to a row, or to each row (None: not to this one), and run all but the last of each, which runs when
+        the next id is chosen. Rows run together, in as few calls as `chunk` allows.
+
+        Raises:
+            InputError: no ids, one out of range, more than fit; no such row, or a request's; nothing was run, all rows
+                are as they were.
+            DeviceError: the GPU failed; all rows are as they were.
+        """
+        given = self._given(row, ids, "ids")
+        added: dict[int, list[int]] = {}
+        for number, new in given.items():
+            found = self._own(number)
+            added[number] = [token_id(number, place, value, self.vocabulary) for place, value in enumerate(new)]
+            if not len(new):
+                raise InputError(f"row {number}: no tokens to append")
+            self._check_room(found, len(new), f"appending {len(new):,} tokens")
+        if not added:
+            raise InputError("no tokens to append")
+        self._ready()
+        before = {number: (len(self._rows[number].tokens), self._rows[number].stopped) for number in added}
+        marked = {number: self._rows[number].marked for number in added}
+        runs = {number: self._rows[number].run for number in added}
+        try:
+            for number, new in added.items():
+                self._rows[number].tokens += new
+                self._rows[number].stopped = self._rows[number].marked = False
+            self._fill([self._rows[number] for number in added])
+        except BaseException:
+            for number, (length, stopped) in before.items():
+                found = self._rows[number]
+                del found.tokens[length:]
+                found.stopped, found.marked, found.run = stopped, marked[number], runs[number]
+            raise
+
+    @overload
+    def generate_next(self, row: int, sampling: Sampling = GREEDY, stop_ids: Collection[int] | None = None) -> int: ...
+    @overload
+    def generate_next(
+        self,
+        row: Sequence[int] | None = None,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop_ids: Collection[int] | None = None,
+    ) -> list[int]: ...
+    def generate_next(
+        self,
+        row: int | Sequence[int] | None = None,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop_ids: Collection[int] | None = None,
+    ) -> int | list[int]:
+        """Choose the next id of a row, or of several in one call, add it to the row and return it.
+
+        Args:
+            row: None: all rows that have ids and are no request's.
+            sampling: for all of them, or one for each.
+            stop_ids: set `finished` when chosen; None: those that the program names.
+        Raises:
+            InputError: no such row, an empty one, a full one, or a request's.
+            WebGPUDelegateError: a row's logits are NaN; the GPU failed. All rows are as they were.
+        """
+        self._require_open()
+        if row is None:
+            numbers = [found.number for found in self._rows if found.tokens and found.request is None]
+        else:
+            numbers = [row] if is_integer(row) else list(row)  # type: ignore[arg-type, list-item]
+        if len(set(numbers)) != len(numbers):
+            raise InputError(f"a row occurs twice in {numbers}")
+        each = [sampling] * len(numbers) if isinstance(sampling, Sampling) else list(sampling)
+        if len(each) != len(numbers):
+            raise InputError(f"{len(each)} sampling settings for {len(numbers)} rows")
+        found = [self._own(number) for number in numbers]
+        for one in found:
+            if not one.tokens:
+                raise InputError(f"row {one.number}: there is nothing to continue: append the tokens of a prompt first")
+            self._check_room(one, 1, "generating a token")
+        if not found:
+            return []
+        self._ready()
+        self._fill(found)
+        chosen = self._choose(found, each)
+        for one, token in zip(found, chosen, strict=True):
+            if token < 0:
+                for other in found:
+                    other.marked = False
+                raise WebGPUDelegateError(f"row {one.number}: {UNCHOSEN[token]}")
+        stops = self.stop_ids if stop_ids is None else stop_ids
+        for one, token in zip(found, chosen, strict=True):
+            one.run = len(one.tokens)
+            one.tokens.append(token)
+            one.stopped = token in stops
+        return chosen[0] if row is not None and is_integer(row) else chosen
+
+    @overload
+    def rewind_to(self, row: int, length: int) -> None: ...
+    @overload
+    def rewind_to(self, row: Sequence[int | None]) -> None: ...
+    def rewind_to(self, row: int | Sequence[int | None], length: int | None = None) -> None:
+        """Drop all ids of a row but the first `length`, or of each row (None: not of this one). Nothing is copied or
+        written; see `Generator`.
+
+        Raises:
+            InputError: a length is negative or more than there are; no such row, or a request's; all rows are as they
+                were.
+        """
+        lengths = self._given(row, length, "length")
+        for number, kept in lengths.items():
+            found = self._own(number)
+            if not is_integer(kept) or not 0 <= kept <= len(found.tokens):
+                raise InputError(f"row {number}: cannot rewind to {kept}: the row has {len(found.tokens)} tokens")
+        for number, kept in lengths.items():
+            if kept < len(self._rows[number].tokens):
+                self._rows[number].rewind(kept)
+
+    def reset(self, row: int | None = None) -> None:
+        """Begin a new, empty sequence in a row, or in all rows that are no request's. Nothing is written.
+
+        Raises:
+            InputError: no such row, or a request's.
+        """
+        self._require_open()
+        found = [self._own(row)] if row is not None else [one for one in self._rows if one.request is None]
+        for one in found:
+            one.clear()
+
+    def fork(self, row: int, to_row: int) -> None:
+        """Make another row a copy of a row: its ids, what was run of them, and its random stream. Only the cache rows
+        that are in use are copied, on the GPU.
+
+        Raises:
+            InputError: no such row, or a request's; both are one row; nothing was changed.
+            DeviceError: the device is out of memory.
+        """
+        source, target = self._own(row), self._own(to_row)
+        if source is target:
+            raise InputError(f"row {row} cannot be forked to itself")
+        self._ready()
+        copied = source.run == 0 or self._copies.copy(row, to_row, source.run)
+        target.tokens, target.run = list(source.tokens), source.run if copied else 0
+        target.seed, target.stopped, target.marked = source.seed, source.stopped, False
+
+    def logits(self, row: int) -> Array:
+        """Logits [V] of a row's last id, from which the next is chosen; the id is run for them.
+
+        Raises:
+            InputError: no such row, an empty one, or a request's.
+        """
+        found = self._own(row)
+        if not found.tokens:
+            raise InputError(f"row {row} has no tokens")
+        self._ready()
+        self._fill([found])
+        return self._call({row: Piece(found.pending, found.run)}, 1)[row].copy()
+
+    # -- calls
+
+    def _fill(self, rows: Sequence[Row]) -> None:
+        """Run all tokens of rows but the last of each."""
+        self._settle()
+        while True:
+            pieces = {
+                row.number: Piece(row.tokens[row.run : min(row.run + self.chunk, len(row.tokens) - 1)], row.run)
+                for row in rows
+                if len(row.tokens) - row.run > 1
+            }
+            if not pieces:
+                return
+            if self._loop is not None:
+                self._loop.prefill(pieces, self._size(pieces))
+            else:
+                self._call(pieces, self._size(pieces))
+            self._ran(pieces, ())
+
+    def _choose(self, rows: Sequence[Row], each: Sequence[Sampling]) -> list[int]:
+        """Run the last token of rows and choose the next; negative where that cannot be."""
+        pieces = {row.number: Piece(row.pending, row.run) for row in rows}
+        if self._loop is None:
+            logits = self._call(pieces, 1)
+            return [self._drawn(logits[row.number], row, one) for row, one in zip(rows, each, strict=True)]
+        self._loop.start(pieces, 1, {row.number: self._choice(row, one) for row, one in zip(rows, each, strict=True)})
+        self._loop.submit(1)
+        found = self._loop.collect()[0].tolist()
+        return [found[row.number] for row in rows]
+
+    def _drawn(self, logits: Array, row: Row, sampling: Sampling) -> int:
+        """The host's choice, or the GPU's codes for where there is none."""
+        if np.isnan(logits).any():
+            return NAN_LOGITS
+        if logits.max() == -np.inf:
+            return NO_LOGITS
+        return choose(logits, sampling, row.seed, len(row.tokens), row.tokens)
+
+    def _call(self, pieces: Mapping[int, Piece], size: int) -> dict[int, Array]:
+        """Run pieces; each row's logits of its last token."""
+        rows = [pieces.get(number, Piece((), 0)) for number in range(self.rows)]
+        inputs = self.convention.inputs([piece.ids for piece in rows], [piece.past for piece in rows], size)
+        output = self.method.execute(inputs)[0]
+        return {number: self.convention.last_logits(output, number, len(piece.ids)) for number, piece in pieces.items()}
+
+    def _ran(self, pieces: Mapping[int, Piece], decoding: Sequence[Row]) -> None:
+        """Count pieces of prompts as run."""
+        for number, piece in pieces.items():
+            if self._rows[number] not in decoding:
+                self._rows[number].run += len(piece.ids)
+                self._rows[number].marked = False
+
+    def _size(self, pieces: Mapping[int, Piece]) -> int:
+        """Tokens a row of a call with these pieces: one of a few sizes, so that few plans are made."""
+        wanted, size = max(len(piece.ids) for piece in pieces.values()), 1
+        while size < wanted:
+            size *= 4
+        return min(size, self.chunk)
+
+    def _choice(self, row: Row, sampling: Sampling) -> Choice:
+        history = None
+        if sampling.repetition_penalty != 1 and not row.marked:
+            history, row.marked = row.tokens, True
+        return Choice(sampling, row.seed, history)
+
+    def _settle(self) -> None:
+        """Take over everything that is under way. Nothing is, between calls on single rows."""
+
+    # -- checks
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise InputError("this batch was closed: make a new one")
+
+    def _ready(self) -> None:
+        """InputError where the sequences cannot go on."""
+        self._require_open()
+        if self.method.closed:
+            raise InputError(f"method {self.method.name} was closed: load it again")
+        state = self.method.state
+        state.require_open()
+        if state.user is not self._key:
+            if any(row.run for row in self._rows):
+                raise InputError(
+                    "another generator has used this one's state since: reset all rows, or give each its own"
+                )
+            state.user = self._key
+
+    def _row(self, number: int) -> Row:
+        if not is_integer(number) or not 0 <= number < self.rows:
+            raise InputError(f"there is no row {number!r}: expected an integer in [0, {self.rows})")
+        return self._rows[number]
+
+    def _own(self, number: Any) -> Row:
+        """A row that the caller may change."""
+        self._require_open()
+        row = self._row(number)
+        if row.request is not None:
+            raise InputError(f"row {number} runs a request: wait until it is done, or cancel it")
+        return row
+
+    def _given(self, row: Any, value: Any, what: str) -> dict[int, Any]:
+        """Row -> value, for one row or a list for all."""
+        if is_integer(row):
+            if value is None:
+                raise InputError(f"row {row}: no {what} given")
+            return {row: value}
+        each = list(row)
+        if value is not None or len(each) != self.rows:
+            raise InputError(
+                f"{len(each)} entries for {self.rows} rows; give one for each row, None to leave it as it is"
+            )
+        return {number: one for number, one in enumerate(each) if one is not None}
+
+    def _check_room(self, row: Row | None, count: int, what: str) -> None:
+        length = 0 if row is None else len(row.tokens)
+        if length + count > self.capacity:
+            where = "" if row is None else f"row {row.number}: "
+            raise InputError(
+                f"{where}{what} after {length:,} would exceed the program's capacity of {self.capacity:,} tokens; "
+                "shorten the prompt, reset the row, or export the model with a longer context"
+            )
+
+    # -- end
+
+    def close(self) -> None:
+        """Free what this holds on the GPU, and the method if it was loaded here."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._loop is not None:
+            if self._loop.delegate.companion is self._loop:
+                self._loop.delegate.companion = None
+            self._loop.close()
+        self._copies.close()
+        if self._owned:
+            self.method.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _load(program: Program, constants: Mapping[str, Any]) -> Method:
+    """The program's method for batches."""
+    names = [name for name in sorted(program.method_names - set(constants)) if len(program.metadata(name).inputs) == 3]
+    if len(names) != 1:
+        raise UnsupportedError(
+            f"{len(names)} of the program's methods take three inputs ({', '.join(names) or 'none'}), expected one: "
+            "(tokens, past, q_len); load it and pass it instead"
+        )
+    return program.load_method(names[0])
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def token_id(row: int | None, place: int, value: Any, vocabulary: int) -> int:
+    if not is_integer(value) or not 0 <= value < vocabulary:
+        where = "" if row is None else f"row {row}: "
+        raise InputError(f"{where}token {place} is {value!r}, expected an id in [0, {vocabulary:,})")
+    return int(value)

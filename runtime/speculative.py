@@ -1,0 +1,373 @@
+"""Speculative decoding: cheap guesses of the next tokens, which the program verifies in one call.
+
+A drafter proposes K tokens. The program runs the last token and the K behind it together, which costs hardly more than
+one token where reading the weights is what takes the time. From the logits of each place the token is chosen that would
+have been chosen there anyway; as long as it is the drafted one, the next place's logits are right as well. So a call
+gives all drafted tokens that agree and one more, and what was run past them is rewound, which costs nothing.
+
+Greedy or drawn, the tokens are those of decoding without drafts: random numbers depend on the seed and the place alone
+(`sampling.py`), so no scheme of acceptance and rejection is needed. As everywhere, a call with several tokens rounds
+differently than several calls with one, which can decide between two tokens of practically equal logits.
+
+Where choosing needs neither random numbers nor penalties, it happens on the GPU and only K + 1 tokens are read back.
+Otherwise logits f32[K + 1, V] are read, and the host chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ..backend.graph import Ref
+from . import native
+from .chooser import Chooser, Logits
+from .decoder import Convention
+from .delegate import Delegate
+from .errors import InputError, UnsupportedError, WebGPUDelegateError
+from .host import to_host
+from .plan import Plan
+from .replay import Replay
+from .resident import UNCHOSEN, Whole, find_whole
+from .sampling import GREEDY, Sampling, choose
+from .workspace import locked
+
+if TYPE_CHECKING:
+    from .generator import Generator
+    from .parts import Part
+    from .session import Session
+
+WITHOUT = 8
+"""Tokens that are decoded together where nothing was drafted, before the drafter is asked again."""
+LONGEST_WAIT = 32
+"""Most tokens that are decoded without a draft after drafts that were wrong."""
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What drafts were worth.
+
+    Attributes:
+        drafted: tokens that were proposed and run.
+        accepted: those of them that were chosen.
+        calls: calls that verified a draft.
+    """
+
+    drafted: int = 0
+    accepted: int = 0
+    calls: int = 0
+
+    @property
+    def tokens_per_call(self) -> float:
+        """Accepted tokens and the one after them; 0 without a call."""
+        return (self.accepted + self.calls) / self.calls if self.calls else 0.0
+
+
+class Proposals(Protocol):
+    """A drafter at work on one sequence."""
+
+    def draft(self, tokens: Sequence[int], count: int) -> Sequence[int]:
+        """At most `count` ids that may follow `tokens`; none where nothing speaks for any."""
+
+
+class Drafter(Protocol):
+    """Proposes tokens: `NGram`, `DraftModel`, or what has the same methods."""
+
+    @property
+    def most(self) -> int:
+        """The most tokens that are proposed at a time."""
+
+    def begin(self, target: Session, sampling: Sampling, seed: int) -> Proposals:
+        """Start to work for a sequence. Raises InputError or UnsupportedError where it cannot."""
+
+
+# -- n-grams
+
+
+@dataclass(frozen=True)
+class NGram:
+    """Proposes what followed the last time that the text's last few tokens occurred ("prompt lookup decoding").
+
+    For texts that repeat: code, quotations, summaries, rewriting.
+
+    Attributes:
+        most: tokens proposed at a time. 7 makes calls of 8 tokens, up to which kernels that read weights once are used.
+        longest, shortest: lengths of the n-grams that are looked up, the longest first.
+    Raises:
+        InputError: not 1 <= shortest <= longest, or `most` is not positive.
+    """
+
+    most: int = 7
+    longest: int = 4
+    shortest: int = 2
+
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise InputError(f"a drafter that proposes {self.most} tokens, expected at least 1")
+        if not 1 <= self.shortest <= self.longest:
+            raise InputError(f"n-grams of {self.shortest} to {self.longest} tokens, expected 1 <= shortest <= longest")
+
+    def begin(self, target: Session, sampling: Sampling, seed: int) -> Proposals:
+        return _Lookup(self)
+
+
+class _Lookup:
+    """Where every n-gram ended last, kept up to date as the text grows."""
+
+    def __init__(self, settings: NGram) -> None:
+        self.settings = settings
+        self._text: list[int] = []
+        self._ends: dict[tuple[int, ...], int] = {}
+        """N-gram -> number of tokens up to its end, where at least one token follows."""
+
+    def draft(self, tokens: Sequence[int], count: int) -> list[int]:
+        self._learn(tokens)
+        for size in range(min(self.settings.longest, len(tokens) - 1), self.settings.shortest - 1, -1):
+            start = self._ends.get(tuple(tokens[-size:]))
+            if start is not None:
+                found: list[int] = []
+                for place in range(start, start + count):  # past the text's end the proposal itself goes on
+                    found.append(tokens[place] if place < len(tokens) else found[place - len(tokens)])
+                return found
+        return []
+
+    def _learn(self, tokens: Sequence[int]) -> None:
+        known = len(self._text)
+        if known > len(tokens) or self._text != list(tokens[:known]):
+            self._text, self._ends, known = [], {}, 0
+        for end in range(max(known, 1), len(tokens)):
+            for size in range(self.settings.shortest, min(self.settings.longest, end) + 1):
+                self._ends[tuple(tokens[end - size : end])] = end
+        self._text.extend(tokens[known:])
+
+
+# -- a draft model
+
+
+class DraftModel:
+    """Proposes what a smaller program would generate, with the same sampling settings and random numbers.
+
+    Args:
+        generator: of a program with the same vocabulary; its sequence is replaced.
+        most: tokens proposed at a time.
+    Raises:
+        InputError: `most` is not positive.
+        UnsupportedError: its state cannot go back.
+    """
+
+    def __init__(self, generator: Generator, most: int = 4) -> None:
+        if most < 1:
+            raise InputError(f"a drafter that proposes {most} tokens, expected at least 1")
+        if not generator.rewindable:
+            raise UnsupportedError("a draft model must be able to go back; this one's state is no cache by position")
+        self.generator = generator
+        self._most = most
+        self._sampling = GREEDY
+
+    @property
+    def most(self) -> int:
+        return self._most
+
+    def begin(self, target: Session, sampling: Sampling, seed: int) -> Proposals:
+        sizes = self.generator.convention.vocabulary, target.convention.vocabulary
+        if sizes[0] != sizes[1]:
+            raise InputError(f"the draft model has {sizes[0]:,} tokens, the model {sizes[1]:,}: they must be the same")
+        if self.generator.state is target.state:
+            raise InputError("the draft model must have a state of its own")
+        self._sampling = sampling if sampling.seed is not None else replace(sampling, seed=seed)
+        return self
+
+    def draft(self, tokens: Sequence[int], count: int) -> Sequence[int]:
+        room = self.generator.capacity
+        if room is not None:
+            count = min(count, room - len(tokens))
+        if count < 1:
+            return []
+        self.generator.become(tokens)
+        return self.generator.generate((), count, (), self._sampling).tokens
+
+
+# -- verification
+
+
+def find_part(session: Session) -> Part:
+    """The method that can verify drafts.
+
+    Raises:
+        UnsupportedError: there is none; says how to export one.
+    """
+    if not session.rewindable:
+        raise UnsupportedError("drafts cannot be verified: the program's state cannot go back behind wrong ones")
+    parts = [session._step, session._first]
+    wide = [part for part in parts if part.convention.chunk > 1 and part.least == 1]
+    if not wide:
+        raise UnsupportedError(
+            f"drafts cannot be verified: method {session.method.name} takes one token a call; export the program with "
+            "a dynamic number of tokens, or with a second method that has one"
+        )
+    found = next((part for part in wide if part.every), None)
+    if found is None:
+        raise UnsupportedError(
+            f"drafts cannot be verified: method {wide[0].method.name} gives the logits of the last token only, "
+            f"{list(wide[0].method.metadata.output_tensor_meta(0).sizes)}; export it with those of every token "
+            "[1, S, V] (ExecuTorch's Llama export: debug.generate_full_logits=True; Hugging Face exports have them)"
+        )
+    return found
+
+
+class Speculator:
+    """Drafts and verifies for one run of a sequence.
+
+    Args:
+        session: the sequence.
+        alone: whether steps can run on the GPU alone, so that it is worth while to go on without drafts for a while.
+    Raises:
+        UnsupportedError: the program cannot verify drafts; see `find_part`.
+        InputError: the drafter does not fit.
+    """
+
+    def __init__(self, session: Session, drafter: Drafter, sampling: Sampling, alone: bool) -> None:
+        self.session = session
+        self.part = find_part(session)
+        self.sampling = sampling
+        self.alone = alone
+        self._most = min(drafter.most, self.part.convention.chunk - 1)
+        self._proposals = drafter.begin(session, sampling, session._seed)
+        self._drafted = self._accepted = self._calls = 0
+        self._wait = 0
+        self._verifier: Verifier | None = None
+        if alone and sampling.greedy and sampling.repetition_penalty == 1:
+            self._verifier = Verifier.of_part(self.part)
+
+    @property
+    def statistics(self) -> Speculation:
+        return Speculation(self._drafted, self._accepted, self._calls)
+
+    def draft(self, most: int) -> Sequence[int]:
+        """At most `most` proposed ids; none where nothing speaks for any. InputError for ids that are none."""
+        count = min(most, self._most)
+        found = list(self._proposals.draft(self.session._tokens, count))[:count] if count > 0 else []
+        limit = self.part.convention.vocabulary
+        wrong = [token for token in found if not 0 <= token < limit]
+        if wrong:
+            raise InputError(f"the drafter proposes {wrong[0]}, expected ids in [0, {limit:,})")
+        return found
+
+    def wait(self, wrong: bool) -> int:
+        """How many tokens to decode without a draft now: after wrong ones, more each time."""
+        if not self.alone:
+            return 1
+        if not wrong:
+            return WITHOUT
+        self._wait = min(max(2 * self._wait, 4), LONGEST_WAIT)
+        return self._wait
+
+    def verify(self, draft: Sequence[int]) -> list[int]:
+        """Run the last token and `draft`; the ids that follow it: those drafted that agree, and one more."""
+        session = self.session
+        tokens, position = session._tokens, len(session._tokens) - 1
+        ids = [tokens[-1], *draft]
+        if self._verifier is not None:
+            chosen = self._verifier.choose(ids, position)
+            agreeing = next((i for i, (a, b) in enumerate(zip(chosen, draft, strict=False)) if a != b), len(draft))
+            chosen = chosen[: agreeing + 1]
+            for token in chosen:
+                if token < 0:
+                    raise WebGPUDelegateError(UNCHOSEN[token])
+        else:
+            chosen = self._choose(ids, position)
+        self._drafted += len(draft)
+        self._accepted += len(chosen) - 1
+        self._calls += 1
+        if len(chosen) > 1:
+            self._wait = 0
+        return chosen
+
+    def _choose(self, ids: Sequence[int], position: int) -> list[int]:
+        """As many ids as agree with those after them, and one more, chosen on the host."""
+        part, session = self.part, self.session
+        rows = np.asarray(part.method.execute(part.convention.inputs(ids, position))[0])
+        history, chosen = list(session._tokens), []
+        for place, row in enumerate(rows.reshape(len(ids), -1)):
+            token = choose(row, self.sampling, session._seed, len(history), history)
+            chosen.append(token)
+            history.append(token)
+            if place + 1 == len(ids) or ids[place + 1] != token:
+                break
+        return chosen
+
+
+class Verifier:
+    """Runs several tokens and chooses the most likely one after each, on the GPU.
+
+    Args:
+        whole, convention: see `resident.find_whole`.
+    """
+
+    @classmethod
+    def of_part(cls, part: Part) -> Verifier:
+        """For a method of a sequence. Raises UnsupportedError where it is not one delegate."""
+        return cls(find_whole(part.method, part.convention), part.convention)
+
+    def __init__(self, whole: Whole, convention: Convention) -> None:
+        self.delegate: Delegate = whole.delegate
+        self.device = whole.delegate.device
+        self.whole = whole
+        self.convention = convention
+        self._replays: dict[int, Replay] = {}
+        self._records: dict[int, tuple[Plan, Chooser, list[native.Record]]] = {}
+
+    @locked
+    def choose(self, ids: Sequence[int], position: int) -> list[int]:
+        """The most likely id after each of `ids`, which stand at `position` and after; negative where there is none
+        (see `resident.UNCHOSEN`).
+
+        Raises:
+            InputError: the position is out of range, something was closed; nothing was submitted.
+            DeviceError: the device failed.
+        """
+        count = len(ids)
+        inputs = self._inputs(ids, position)
+        replay = self._replays.get(count)
+        if replay is None:
+            replay = self._replays[count] = Replay(self.delegate, inputs)
+        plan, env = replay.prepare(inputs)
+        chooser, records = self._bound(count, plan)
+        self.delegate.write(plan, inputs, env)
+        chooser.start(position + 1)
+        gpu, size = self.device.gpu, -(-count * 4 // 8) * 8
+        encoder = gpu.create_command_encoder(label="verify")
+        compute = encoder.begin_compute_pass(label="verify")
+        native.encode(compute, records)
+        compute.end()
+        target = self.delegate.read_back.reserve(size)
+        encoder.copy_buffer_to_buffer(chooser.tokens, 0, target, 0, 4 * count)
+        submission = native.submit(gpu.queue, encoder.finish())
+        self.device.counters.submits += 1
+        self.device.counters.dispatches += len(records)
+        data = self.delegate.read_back.read(submission, size)
+        return [int(token) for token in np.frombuffer(data, np.int32, count)]
+
+    def _inputs(self, ids: Sequence[int], position: int) -> list[tuple[str, Any]]:
+        return self.whole.order([to_host(array) for array in self.convention.inputs(ids, position)])
+
+    def _bound(self, count: int, plan: Plan) -> tuple[Chooser, list[native.Record]]:
+        """The chooser for a plan's logits, and the records of the step and the choice."""
+        known = self._records.get(count)
+        if known is not None and known[0] is plan and self.delegate.workspace.keeps(known[1]):
+            return known[1], known[2]
+        graph = self.delegate.graph
+        output = graph.outputs[self.whole.logits]
+        if not isinstance(output, Ref):
+            raise AssertionError("find_whole made sure of this")
+        kind = self.device.limits.wgsl_type(graph.storage_dtype(output.value))
+        vocabulary = self.convention.vocabulary
+        logits = Logits(plan.buffers[output.value], 0, vocabulary, kind)
+        chooser = self.delegate.workspace.keep(
+            ("verify", count), logits, lambda: Chooser(self.device, vocabulary, count, logits, 1, label="verify")
+        )
+        records = native.compiled([*plan.launches, *chooser.launches(GREEDY)])
+        self._records[count] = (plan, chooser, records)
+        return chooser, records
