@@ -5,7 +5,7 @@ No export and no file is needed, so that sizes of real models can be timed where
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,15 @@ from executorch_webgpu.backend.passes import Pass, fuse_projections, fuse_rope_c
 from executorch_webgpu.backend.passes.cleanup import remove_unused
 from executorch_webgpu.backend.passes.storage import assign_storage
 from executorch_webgpu.ops.base import Dispatch, check_node
+from executorch_webgpu.ops.packed import Format
 from executorch_webgpu.runtime import native
-from executorch_webgpu.runtime.buffers import DataSource, State, Weights, static_numel, storage_size
+from executorch_webgpu.runtime.buffers import State
 from executorch_webgpu.runtime.delegate import Delegate
 from executorch_webgpu.runtime.device import Device
-from executorch_webgpu.runtime.errors import UnsupportedError
+from executorch_webgpu.runtime.errors import MissingDataError, UnsupportedError
 from executorch_webgpu.runtime.plan import Plan
+from executorch_webgpu.runtime.random_weights import RandomWeights
+from executorch_webgpu.runtime.upload import static_numel
 
 from .kernels import RandomFill
 
@@ -89,28 +92,13 @@ class Builder:
         return assign_storage(graph)
 
 
-class _RandomWeights(Weights):
-    """Constants that are made on the GPU instead of uploaded."""
+def _between(ranges: Mapping[str, Range]) -> Callable[[Value], Range]:
+    """The range of a constant; a part of one that was too large for the device has its name before a bracket."""
+    return lambda value: ranges[value.name.partition("[")[0]]
 
-    def __init__(self, device: Device, ranges: Mapping[str, Range], fill: RandomFill) -> None:
-        super().__init__(device)
-        self._ranges = ranges
-        self._fill = fill
-        self._made: dict[str, Any] = {}
 
-    def get(self, value: Value, source: DataSource) -> Any:
-        if value.name not in self._made:
-            made = self.device.buffer(
-                storage_size(self.device, value.dtype, static_numel(value)), "weights", value.name
-            )
-            _randomize(self.device, self._fill, made, value, self._ranges, len(self._made))
-            self._made[value.name] = made
-        return self._made[value.name]
-
-    def close(self) -> None:
-        for made in self._made.values():
-            self.device.release(made, "weights")
-        self._made.clear()
+def _no_data(key: str) -> bytes:
+    raise MissingDataError(key)
 
 
 def _randomize(
@@ -127,9 +115,9 @@ class Loaded:
         self.device = device
         self.graph = graph
         fill = RandomFill(device)
-        self.weights = _RandomWeights(device, builder.ranges, fill)
+        self.weights = RandomWeights(device, _between(builder.ranges))
         self.state = State(device)
-        self.delegate = Delegate(graph, device, lambda _: b"", self.weights, self.state)
+        self.delegate = Delegate(graph, device, _no_data, self.weights, self.state)
         values = {value.name: value for value in graph.values if value.kind == "mutable" and value.alias is None}
         for seed, (name, buffer) in enumerate(self.state.buffers().items()):
             _randomize(device, fill, buffer, values[name], builder.ranges, 1_000_000 + seed)
@@ -308,10 +296,18 @@ class DecoderSizes:
     vocabulary: int = 128256
     dtype: str = "f16"
     capacity: int = 2048
+    weights: str = ""
+    """`4bit` or `8bit`: matrices and the table of the embedding are packed in groups of 32, with scales in `dtype`."""
 
     def record(self) -> dict[str, int]:
         """For the `shape` field."""
         return {name: value for name, value in vars(self).items() if isinstance(value, int)}
+
+    def packed(self, columns: int) -> Format | None:
+        """The format of a packed matrix."""
+        if not self.weights:
+            return None
+        return Format(columns, {"4bit": 4, "8bit": 8}[self.weights], 32, self.dtype, zeros=False)
 
 
 def decoder(device: Device, sizes: DecoderSizes) -> Loaded:
@@ -325,8 +321,16 @@ def decoder(device: Device, sizes: DecoderSizes) -> Loaded:
     b.input("i64", (1,), "input_pos")
     start = Sym("scalar", (1, 0))
 
+    def packed(form: Format, rows: int, name: str) -> Ref:
+        scale = (form.k * 4.0**form.bits / 12) ** -0.5
+        return b.constant("u32", (rows, form.words), name, (0.5 * scale, 1.5 * scale))
+
     def linear(x: Ref, outputs: int, inputs: int, name: str, shape: Sequence[Dim]) -> Ref:
         bound = (3 / inputs) ** 0.5  # keeps the variance
+        form = sizes.packed(inputs)
+        if form is not None:
+            args: dict[str, Arg] = {"input": x, "weight": packed(form, outputs, name), "bias": None}
+            return b.node("webgpu.linear_packed", {**args, "format": form.literal()}, kind, (*shape, outputs))
         weight = b.constant(kind, (outputs, inputs), name, (-bound, bound))
         return b.node("aten.linear.default", {"input": x, "weight": weight, "bias": None}, kind, (*shape, outputs))
 
@@ -352,11 +356,14 @@ def decoder(device: Device, sizes: DecoderSizes) -> Loaded:
     rotation: dict[str, Arg] = {
         "cos": cos, "sin": sin, "start": start, "rot": sizes.head_size, "interleaved": True, "layout": "bshd"
     }  # fmt: skip
-    embedding = b.constant(kind, (sizes.vocabulary, sizes.dim), "embedding", (-1.0, 1.0))
-    embedded: dict[str, Arg] = {"padding_idx": -1, "scale_grad_by_freq": False, "sparse": False}
-    x = b.node(
-        "aten.embedding.default", {"weight": embedding, "indices": tokens, **embedded}, kind, (1, rows, sizes.dim)
-    )
+    table_format = sizes.packed(sizes.dim)
+    if table_format is None:
+        embedding = b.constant(kind, (sizes.vocabulary, sizes.dim), "embedding", (-1.0, 1.0))
+        op, embedded = "aten.embedding.default", {"padding_idx": -1, "scale_grad_by_freq": False, "sparse": False}
+    else:
+        embedding = packed(table_format, sizes.vocabulary, "embedding")
+        op, embedded = "webgpu.embedding_packed", {"format": table_format.literal()}
+    x = b.node(op, {"weight": embedding, "indices": tokens, **embedded}, kind, (1, rows, sizes.dim))
     for i in range(sizes.layers):
         h = norm(x, f"{i}.attention_norm", (1, rows))
         q, k, v = (

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import wgpu
-
 from executorch_webgpu.runtime import native
 from executorch_webgpu.runtime.device import Device
+from executorch_webgpu.runtime.random_weights import RandomFill
+
+__all__ = ["WORKGROUP", "LocalKernel", "RandomFill", "fold_grid"]
 
 WORKGROUP = 256
 """Invocations of a workgroup of the kernels that walk over buffers."""
@@ -63,33 +62,3 @@ def fold_grid(device: Device, groups: int) -> tuple[int, int, int]:
     """`groups` workgroups as an (x, y, 1) grid within the device's limit; x * y >= groups."""
     rows = max(-(-groups // device.limits.max_workgroups), 1)
     return (-(-groups // rows), rows, 1)
-
-
-class RandomFill:
-    """Fills buffers with pseudo-random values on the GPU: uploads of hundreds of megabytes are too slow."""
-
-    def __init__(self, device: Device) -> None:
-        self.device = device
-        self._kernel: LocalKernel | None = None
-
-    def __call__(self, buffer: Any, storage: str, low: float, high: float, seed: int) -> None:
-        """Queue the filling of a whole buffer.
-
-        Args:
-            storage: WGSL element type, `f32` or `f16`.
-            low, high: values are uniform in [low, high), rounded to the type.
-        """
-        if self._kernel is None:
-            self._kernel = LocalKernel(self.device, "random")
-        words = buffer.size // 4
-        seeds = np.random.default_rng(seed).integers(1 << 32, dtype=np.uint64)
-        data = struct.pack("<IIIff", words, int(seeds), int(storage == "f16"), low, high)
-        params = self.device.buffer(32, "other", "fill", wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST)
-        self.device.write(params, data)
-        encoder = self.device.gpu.create_command_encoder(label="fill")
-        compute = encoder.begin_compute_pass(label="fill")
-        grid = fold_grid(self.device, -(-words // WORKGROUP))
-        self._kernel.encode(compute, self._kernel.bind(buffer, params), grid)
-        compute.end()
-        self.device.gpu.queue.submit([encoder.finish()])
-        self.device.release(params, "other")

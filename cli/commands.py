@@ -1,11 +1,13 @@
-"""The command line: `run`, `devices` and `inspect`, and how errors are shown."""
+"""The command line: `run`, `bench`, `devices` and `inspect`, and how errors are shown."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -91,6 +93,12 @@ def cli() -> None:
     metavar="N",
     help="Decode steps that the GPU runs without the host; default: by their time; 0: one by one, chosen by the host.",
 )
+@click.option(
+    "--speculate",
+    metavar="HOW",
+    help="Draft tokens and verify several at a time, same text: ngram or ngram:K looks K tokens up in the text "
+    "so far; DRAFT.pte or DRAFT.pte:K generates them with a smaller model of the same vocabulary.",
+)
 @click.option("--stats", is_flag=True, help="Afterwards show speed, memory and kernel times on standard error.")
 @click.option("--stream/--no-stream", default=True, show_default=True, help="Show text as it comes, or all at the end.")
 @_debug
@@ -110,13 +118,17 @@ def run(
     stop: tuple[str, ...],
     adapter: str | None,
     steps_per_submit: int | None,
+    speculate: str | None,
     stats: bool,
     stream: bool,
 ) -> None:
     """Continue a text with a language model. The new text goes to standard output, all else to standard error."""
     from ..runtime import Device, Generator, Runtime, Sampling, Tokenizer
     from ..runtime.generate import generate_text
+    from .drafters import drafter
+    from .progress import loading
     from .stats import report
+    from .tables import console
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     text = _read() if prompt == "-" else prompt
@@ -125,16 +137,20 @@ def run(
     codec = Tokenizer(tokenizer)
     runtime = Runtime(Device.create(adapter)) if adapter else Runtime.get()
     with runtime.load_program(model, list(data)) as program:
-        generator = Generator(program.load_method(method), program, steps_per_submit=steps_per_submit)
-        result = generate_text(
-            generator,
-            codec,
-            text,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            sampling=sampling,
-            on_text=_write if stream else None,
-        )
+        with loading(console(stderr=True)) as progress:
+            loaded = program.load_method(method, progress=progress)
+        generator = Generator(loaded, program, steps_per_submit=steps_per_submit)
+        with drafter(speculate, runtime) as drafts:
+            result = generate_text(
+                generator,
+                codec,
+                text,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                sampling=sampling,
+                on_text=_write if stream else None,
+                speculate=drafts,
+            )
         _write("\n" if stream else f"{result.text}\n")
         if stats:
             report(generator, result)
@@ -154,6 +170,97 @@ def _write(text: str) -> None:
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
     sys.stdout.flush()
+
+
+@cli.command()
+@click.argument("model", metavar="MODEL.pte")
+@click.option("--data", multiple=True, metavar="FILE", help="A .ptd file with external weights; may be given again.")
+@click.option("--method", default="forward", show_default=True, help="The decoder's method.")
+@click.option(
+    "--prefill",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Tokens of a prompt; default: 512 or what fits. 0: none.",
+)
+@click.option(
+    "--decode", type=click.IntRange(min=0), metavar="N", help="Steps of a run; default: 128 or what fits. 0: none."
+)
+@click.option(
+    "--depth",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Rows in the caches when steps begin; default: 512, or what fits. Caches with a row for each position are not "
+    "filled first: what stands in them costs no time.",
+)
+@click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Sequences, which the program must be made for.")
+@click.option("--random-weights", is_flag=True, help="Weights that are in no file get random values, made on the GPU.")
+@click.option("--repetitions", type=click.IntRange(min=1), default=5, show_default=True, help="Runs that count.")
+@click.option("--warm-up", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Seconds of runs before.")
+@click.option(
+    "--compare",
+    multiple=True,
+    metavar="PEER[=WHERE]",
+    help="Also run llama-bench[=BINARY] (with --gguf) or onnxruntime-genai=FOLDER; may be given again.",
+)
+@click.option("--gguf", metavar="FILE", help="The model for llama-bench.")
+@click.option("--json", "json_file", metavar="FILE", help="Write everything measured as JSON; - for standard output.")
+@click.option("--trace", metavar="FILE", help="Write the profiled calls as a Chrome trace.")
+@click.option("--adapter", metavar="NAME", help="Part of the name of the adapter to use; see `devices`.")
+@_debug
+def bench(
+    model: str,
+    data: tuple[str, ...],
+    method: str,
+    prefill: int | None,
+    decode: int | None,
+    depth: int | None,
+    batch: int | None,
+    random_weights: bool,
+    repetitions: int,
+    warm_up: float,
+    compare: tuple[str, ...],
+    gguf: str | None,
+    json_file: str | None,
+    trace: str | None,
+    adapter: str | None,
+) -> None:
+    """Time a language model: a prompt, steps, and each kernel of both."""
+    from ..runtime import Device, Runtime
+    from . import bench_tables, peers
+    from .bench import Work, measure
+    from .chrome_trace import write
+    from .decoders import find_decoder
+    from .progress import loading
+    from .tables import console
+
+    runtime = Runtime(Device.create(adapter)) if adapter else Runtime.get()
+    device, status = runtime.device, console(stderr=True)
+    with runtime.load_program(model, list(data), random_weights=random_weights) as program:
+        began = time.perf_counter()
+        with loading(status) as progress:
+            loaded = program.load_method(method, progress=progress)
+        took = time.perf_counter() - began
+        decoder = find_decoder(loaded, program.constants, batch)
+        work = Work.fit(decoder, prefill, decode, depth, repetitions, warm_up)
+        with status.status("measuring") as line:
+            report = measure(model, device, decoder, work, took, program.random_count, line.update)
+            for peer in compare:
+                line.update(peer)
+                report.peers.append(
+                    peers.run(peer, peers.Job(work.prefill, work.decode, work.depth, repetitions, gguf))
+                )
+        if trace is not None:
+            if report.no_profile is not None:
+                raise DeviceError(f"no trace: {report.no_profile}")
+            steps = {"prefill": report.prefill, "step": report.decode}
+            write(trace, {name: phase.times for name, phase in steps.items() if phase is not None}, {"program": model})
+        text = json.dumps(report.record(), indent=2)
+        if json_file == "-":
+            click.echo(text)
+            return
+        if json_file is not None:
+            Path(json_file).write_text(f"{text}\n", encoding="utf-8")
+        bench_tables.show(console(), report)
 
 
 @cli.command()

@@ -31,6 +31,12 @@ def report(generator: Generator, result: GenerationResult) -> None:
         out.print(f"tokens chosen on the GPU, up to {result.steps_per_submit} steps a submit")
     else:
         out.print(f"one step at a time: {generator.fallback}", markup=False, soft_wrap=True)
+    drafts = result.speculation
+    if drafts is not None:
+        out.print(
+            f"drafts: {drafts.accepted:,} of {drafts.drafted:,} tokens accepted in {drafts.calls:,} calls, "
+            f"{drafts.tokens_per_call:.1f} tokens a call"
+        )
     out.print("(The first calls of each size compile kernels; their time is included.)")
     out.print(f"ended by: {_REASONS[result.stop_reason]}")
     made = table("GPU memory", "purpose", "size", right=("size",))

@@ -1,4 +1,5 @@
-"""Elementwise operators: one line of a table each. Kernel: `elementwise.wgsl`.
+"""Elementwise operators: one line of a table each. Kernel: `elementwise.wgsl`, with the parts whose functions a rule
+names.
 
 The expression of a rule is WGSL in the operands x, y, z (of type T) and the four numbers `params.p`. Floats are
 computed in f32 and integers in i32, whatever the storage. bfloat16 (and float16 on devices without it) is stored as f32
@@ -8,15 +9,20 @@ and not rounded between operators.
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
+from .. import wgsl
 from ..backend.graph import FLOATS, INTEGERS, Arg, Graph, Node, Ref, Sym
 from .base import Dispatch, Live, Lowering, register
 from .strides import MAX_RANK, broadcast_strides, merge, pad
 
 WORKGROUP = 64
+_PARTS = ("elementwise_exponential", "elementwise_angles", "elementwise_remainders")
+"""Shader files with functions for rules; functions of the kernel's own file need none."""
 DENSE, SINGLE, STRIDED, NUMBER, LIVE = range(5)
 INT_LOW, INT_HIGH = -(2**31), 2**31 - 1
 
@@ -199,8 +205,21 @@ def _lower(ctx: Lowering, node: Node, rule: Rule) -> Iterator[Dispatch]:
         ctx.grid_1d(count, WORKGROUP),
         overrides={"WG": WORKGROUP, "RANK": len(sizes), **modes},
         types=types,
-        body=f"fn apply(x: T, y: T, z: T) -> R {{ return {expression}; }}\n{finish(result, ctx.dtype(out))}",
+        body=_body(expression or "") + finish(result, ctx.dtype(out)),
     )
+
+
+@cache
+def _functions(part: str) -> frozenset[str]:
+    return frozenset(re.findall(r"^fn (\w+)", wgsl.source(part), re.M))
+
+
+@cache
+def _body(expression: str) -> str:
+    """`apply`, after the parts whose functions it calls (no part calls another's)."""
+    called = set(re.findall(r"\w+", expression))
+    parts = [wgsl.source(part) for part in _PARTS if called & _functions(part)]
+    return "".join([*parts, f"fn apply(x: T, y: T, z: T) -> R {{ return {expression}; }}\n"])
 
 
 def _register(name: str, rule: Rule | Chooser) -> None:
@@ -404,7 +423,8 @@ BINARY: dict[str, tuple[Rule | Chooser, str]] = {
 
 CASTS = ("aten._to_copy.default", "dim_order_ops._to_dim_order_copy.default", "aten.to.dtype")
 
-_WIDENING = {"bf16": ("f32",), "f32": ("bf16",), "bool": (), "i64": ("i32",), "i32": ("i64",), "i16": ("i32", "i64")}
+_WIDENING = {"bf16": ("f32",), "f32": ("bf16", "f16"), "f16": ("f32",)}
+_WIDENING |= {"bool": (), "i64": ("i32",), "i32": ("i64",), "i16": ("i32", "i64")}
 _WIDENING |= {"i8": ("i16", "i32", "i64"), "u8": ("i16", "i32", "i64")}
 
 
@@ -420,9 +440,10 @@ def _cast(graph: Graph, node: Node) -> Rule:
 
 
 def cast_view(graph: Graph, node: Node) -> str | None:
-    """`self` where every value of its dtype is stored on every device exactly as the result's dtype stores it.
+    """`self` where a device stores its values exactly as the result's dtype stores them.
 
-    float32 to bfloat16 counts: bfloat16 is kept in f32, and is rounded where it leaves the device.
+    float32 to bfloat16 counts: bfloat16 is kept in f32, and is rounded where it leaves the device. So do float16 and
+    float32, which are alike between operators; the pass that assigns storage declines where one is no temporary.
     """
     source, target = graph.value(node.args["self"]).dtype, graph.values[node.outputs[0]].dtype
     return "self" if source == target or target in _WIDENING.get(source, ()) else None
