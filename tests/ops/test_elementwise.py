@@ -291,7 +291,9 @@ def test_casts_that_are_views() -> None:
             if cast_view(graph, graph.nodes[0]) and source != target:
                 views.add((source, target))
     widening = {(a, b) for a in ("i8", "u8") for b in ("i16", "i32", "i64")} | {("i16", "i32"), ("i16", "i64")}
-    assert views == widening | {("i32", "i64"), ("i64", "i32"), ("f32", "bf16"), ("bf16", "f32")}
+    assert views == widening | {
+            ("i32", "i64"), ("i64", "i32"), ("f32", "bf16"), ("bf16", "f32"), ("f32", "f16"), ("f16", "f32"),
+        }  # fmt: skip
 
 
 # -- refusals and the table itself

@@ -115,7 +115,7 @@ def install() -> tuple[str, Path]:
 def job(key: KernelKey) -> dict[str, Any]:
     """What tint.mjs needs of a variant: text, layout and pipeline constants."""
     kinds = {("uniform", False): "uniform", ("storage", True): "storage", ("storage", False): "read-only-storage"}
-    bindings = wgsl.reflect(key.kernel).bindings.values()
+    bindings = wgsl.reflect(key.kernel, key.body).bindings.values()
     return {
         "label": key.label,
         "code": key.source("tint"),
