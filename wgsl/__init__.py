@@ -132,12 +132,12 @@ def _layout(body: str, kernel: str) -> tuple[tuple[Field, ...], int]:
 
 
 @cache
-def reflect(kernel: str) -> Interface:
-    """The interface that `<kernel>.wgsl` declares."""
+def reflect(kernel: str, body: str = "") -> Interface:
+    """The interface that `<kernel>.wgsl` declares, with the bindings that parts appended to it declare in `body`."""
     text = _COMMENT.sub("", source(kernel))
     bindings = {
         name: Binding(int(index), name, space, access == "read_write", kind.strip())
-        for index, space, access, name, kind in _BINDING.findall(text)
+        for index, space, access, name, kind in _BINDING.findall(text + _COMMENT.sub("", body))
     }
     match = _PARAMS.search(text)
     fields, size = _layout(match[1], kernel) if match else ((), 0)

@@ -26,7 +26,8 @@
 // columns are below D4 and DV4; the host has checked that the tensors have these sizes; mask and sink are read at clamped rows and heads;
 // indices of workgroup memory follow from lane < LANES.
 // Appended: attention_whole.wgsl or ragged_rows.wgsl with attention_ragged.wgsl, attention_rules.wgsl, attention_scores.wgsl, attention_flash_ranges.wgsl,
-// attention_flash_cells.wgsl or attention_flash_packed.wgsl, attention_flash_loads.wgsl, attention_flash_tiles.wgsl, `neighbour`.
+// attention_flash_cells.wgsl or attention_flash_packed.wgsl (with attention_scales.wgsl), attention_flash_loads.wgsl,
+// attention_flash_tiles.wgsl, `neighbour`.
 
 @group(0) @binding(0) var<storage, read> queries: array<QVec>;
 @group(0) @binding(1) var<storage, read> key: array<K>;

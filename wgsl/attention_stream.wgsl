@@ -18,7 +18,7 @@
 // Unchecked: keys are below `end` <= capacity, columns below D and DV, rows below `count`; splits, heads and batch rows are the grid's.
 // Versions: docs/KERNELS.md.
 // Appended: attention_whole.wgsl or ragged_rows.wgsl with attention_ragged.wgsl, attention_rules.wgsl, attention_splits.wgsl, attention_scores.wgsl, attention_rows_<ROWS>.wgsl, and
-// attention_cells_<type of the caches>.wgsl (f16, f32; i8, i4 with attention_scales.wgsl, which need a device that binds 10 storage buffers).
+// attention_cells_<type of the caches>.wgsl: f16, f32; i8, i4 with attention_scales.wgsl, which need a device that binds 10 storage buffers.
 
 @group(0) @binding(0) var<storage, read> query: array<Q>;
 @group(0) @binding(1) var<storage, read> key: array<Cell>;
