@@ -6,7 +6,8 @@ Where ExecuTorch cannot be installed, TINY_DECODERS names a folder of programs t
 `build("llama")` has Llama's calling convention of ExecuTorch (tokens, position of the first), `build("static")` the
 same for one token a call, `build("hugging_face")` that of Hugging Face exports (tokens, position of each), and
 `build("ragged")` that of batches whose rows have lengths of their own (tokens, past, q_len; logits of each row's last
-token), `build("ragged_all")` the same with the logits of every token, and `build("ragged_one")` with one row.
+token), `build("ragged_all")` the same with the logits of every token, `build("ragged_one")` with one row,
+and `build("ragged_int8")` with caches in int8.
 """
 
 from __future__ import annotations
@@ -106,11 +107,15 @@ class Ragged(Decoder):
         x = torch.nn.functional.embedding(tokens, self.embedding)
         x = x + torch.nn.functional.embedding(positions, self.positions)
         q, k, v = (torch.nn.functional.linear(x, weight) for weight in (self.q, self.k, self.v))
-        attend = torch.ops.executorch_webgpu.group_query_attention
-        x = x + attend(q, k, v, self.k_cache, self.v_cache, past, q_len, HEADS, KV_HEADS)
+        x = x + self.attend(q, k, v, self.k_cache, self.v_cache, past, q_len)
         if not self.every:
             x = torch.ops.executorch_webgpu.last_rows(x, q_len)
         return torch.nn.functional.linear(x, self.out)
+
+    def attend(self, *given: torch.Tensor) -> torch.Tensor:
+        """`given`: query, key, value, caches and lengths."""
+        found: torch.Tensor = torch.ops.executorch_webgpu.group_query_attention(*given, HEADS, KV_HEADS)
+        return found
 
 
 class RaggedAll(Ragged):
@@ -123,9 +128,25 @@ class RaggedOne(Ragged):
         super().__init__(batch=1)
 
 
+class RaggedInt8(Ragged):
+    """Its caches are int8 with a scale for each token and head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("k", "v"):
+            shape = (BATCH, CAPACITY, KV_HEADS, HEAD)
+            self.register_buffer(f"{name}_cache", torch.zeros(shape, dtype=torch.int8))
+            self.register_buffer(f"{name}_scales", torch.zeros(*shape[:3], 1))
+
+    def attend(self, *given: torch.Tensor) -> torch.Tensor:
+        scales = {"key_scales": self.k_scales, "value_scales": self.v_scales}
+        found: torch.Tensor = torch.ops.executorch_webgpu.group_query_attention(*given, HEADS, KV_HEADS, **scales)
+        return found
+
+
 _CLASSES: dict[str, type[Decoder]] = {
     "llama": Llama, "static": Static, "hugging_face": HuggingFace, "ragged": Ragged, "ragged_all": RaggedAll,
-    "ragged_one": RaggedOne,
+    "ragged_one": RaggedOne, "ragged_int8": RaggedInt8,
 }  # fmt: skip
 _RAGGED = {
     "get_max_context_len": CAPACITY, "get_max_seq_len": LONGEST, "get_max_batch_size": BATCH, "get_vocab_size": VOCAB,
@@ -138,6 +159,7 @@ CONSTANTS = {
     "ragged": _RAGGED,
     "ragged_all": _RAGGED,
     "ragged_one": {**_RAGGED, "get_max_batch_size": 1},
+    "ragged_int8": _RAGGED,
 }
 """Constant methods by convention; the static program has none, so that its capacity must be found otherwise."""
 

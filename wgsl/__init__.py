@@ -34,6 +34,8 @@ _OVERRIDE = re.compile(r"override\s+(\w+)\s*:\s*(\w+)")
 _UNCHECKED = re.compile(r"^// Unchecked: \S", re.M)
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 
+_F16 = re.compile(r"\bf16\b")
+
 LIVE_VALUE = "fn live_value(slot: u32) -> i32 { return live[slot >> 2u][slot & 3u]; }\n"
 
 
@@ -174,7 +176,8 @@ def compose(
     for name, value in sorted((consts or {}).items()):
         kind, literal = _literal(value)
         lines.append(f"const {name}: {kind} = {literal};")
-    head = ["enable f16;"] if any(kind == "f16" or "<f16>" in kind for kind in types.values()) or "f16" in body else []
+    declared = " ".join((*types.values(), _COMMENT.sub("", body)))  # a comment may name the type where no device has it
+    head = ["enable f16;"] if _F16.search(declared) else []
     if dialect == "tint" and "subgroup" in _COMMENT.sub("", text + body):
         head.append("enable subgroups;")
     tail = LIVE_VALUE if "live" in reflect(kernel).bindings else ""

@@ -129,3 +129,10 @@ def test_recordings_come_back(tmp_path: Path) -> None:
     variants.save(tmp_path, "tests/ops/test_a.py", {}, replace=True)
     variants.save(tmp_path, "tests/ops/test_b.py", {}, replace=False)
     assert set(variants.load(tmp_path)[1].values()) == {"tests.ops.test_b"}
+
+
+def test_f16_is_asked_for_by_code_alone() -> None:
+    """A device without it refuses the whole shader, so a comment of a part that names it must not count."""
+    assert "enable f16;" not in wgsl.compose("gemv_stream", {}, {"X": "vec4<f32>"}, "// or gemv_stream_f16.wgsl: f16\n")
+    assert "enable f16;" in wgsl.compose("gemv_stream", {}, {"X": "vec4<f16>"})
+    assert "enable f16;" in wgsl.compose("gemv_stream", {}, {"X": "vec4<f32>"}, "fn one() -> f16 { return f16(1); }\n")
