@@ -285,7 +285,7 @@ def splits(made: Program, totals: Sequence[int], rows: int) -> tuple[int, int]:
 def test_E5_lengths_that_only_the_gpu_advances(start: int, rotary: str) -> None:
     """Steps across an edge of tiles with no number from the host but q_len; grids follow the longest row."""
     past = (start - 1, 3, 0)
-    with program(Layer(capacity=160, counted=True, rotary=rotary, d=64), "full", past) as made:
+    with program(Layer(capacity=160, counted=True, rotary=rotary, d=32), "full", past) as made:
         for step in range(4):
             now = tuple(n + step for n in past)
             made.step(made.tokens(1, step), now, (1, 1, 1))
@@ -305,7 +305,7 @@ LIVE: tuple[tuple[Lengths, Lengths], ...] = (
 
 def test_E5_grids_are_those_of_the_longest_row() -> None:
     """The words that `webgpu.rope_cache` writes, for batches in which another row is the longest each time."""
-    layer = Layer(capacity=300, d=64, batch=3)
+    layer = Layer(capacity=300, d=32, batch=3)
     with program(layer, "full", (0, 0, 0)) as made:
         ref = made.graph.nodes[-2].outputs[3]
         graph = Graph(**{**vars_of(made.graph), "outputs": (*made.graph.outputs, type(made.graph.outputs[0])(ref))})
