@@ -63,7 +63,7 @@ class Decoder:
 
     def inputs(self, tokens: Array, position: int) -> list[Array]:
         """The method's arguments for tokens [batch, S] of which the first ones stand at `position`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is abstract here: each kind of decoder has its own")
 
     def run(self, tokens: Array, position: int) -> Array:
         """Run tokens [batch, S] and return the next ones [batch, 1], the likeliest."""
@@ -141,7 +141,7 @@ class _Ahead(Decoder):
     """Steps to submit together, as the runs before found them."""
 
     def _start(self, depth: int) -> None:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is abstract here: each kind of decoder has its own")
 
     def decode(self, depth: int, steps: int) -> int:
         loop, sent, read = self._loop, 0, 0
