@@ -1,5 +1,5 @@
 """The ExecuTorch partitioner of the WebGPU delegate."""
 
-from .partitioner import WebGPUPartitioner
+from .partitioner import WebGPUPartitioner, separate_outputs
 
-__all__ = ["WebGPUPartitioner"]
+__all__ = ["WebGPUPartitioner", "separate_outputs"]

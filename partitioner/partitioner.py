@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from typing import Literal
 
 import torch
 from executorch.exir.backend.compile_spec_schema import CompileSpec
@@ -14,7 +15,7 @@ from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner, Partition
 from torch.fx.passes.operator_support import OperatorSupportBase
 
-from ..backend.passes import OPTIONAL
+from ..backend.passes import OPTIONAL, STORE_BF16
 from ..backend.preprocess import BACKEND_ID, DISABLED_PASSES, EXTERNAL_TAG
 from ..backend.translate import op_name, translate
 from ..ops.base import check_node
@@ -30,16 +31,29 @@ class WebGPUPartitioner(Partitioner):
         comparison.
         external_weights: base name of a `.ptd` file for the weights, written by
             `ExecutorchProgramManager.write_tensor_data_to_file`; None keeps them in the `.pte`.
+        bf16: what becomes of matrices of bfloat16 that linear layers and lookups alone read. `stored`: two bytes an
+            element on the GPU, widened in registers; `f32`: four bytes, converted at load. The results are the same.
+
+    Raises:
+        ValueError: there is no such pass, or no such choice for bfloat16.
 
     After `partition`, `refused` maps each operator that stays outside to the reason; it is also logged once per
     operator.
     """
 
-    def __init__(self, disable_passes: Collection[str] = (), external_weights: str | None = None) -> None:
+    def __init__(
+        self,
+        disable_passes: Collection[str] = (),
+        external_weights: str | None = None,
+        bf16: Literal["stored", "f32"] = "stored",
+    ) -> None:
         super().__init__()
         unknown = set(disable_passes) - set(OPTIONAL)
         if unknown:
             raise ValueError(f"no pass named {sorted(unknown)}; there are {sorted(OPTIONAL)}")
+        if bf16 not in ("stored", "f32"):
+            raise ValueError(f"bf16 is {bf16!r}; it must be 'stored' or 'f32'")
+        disable_passes = {*disable_passes, *((STORE_BF16,) if bf16 == "f32" else ())}
         specs = []
         if disable_passes:
             specs.append(CompileSpec(DISABLED_PASSES, ",".join(sorted(disable_passes)).encode()))
@@ -63,8 +77,7 @@ class WebGPUPartitioner(Partitioner):
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
         """Called by `to_edge_transform_and_lower` before anything else: see `separate_outputs`."""
-        separate_outputs(exported_program)
-        return exported_program
+        return separate_outputs(exported_program)
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Tag nodes, constants and mutated buffers. Raises nothing: what is refused stays outside."""
@@ -85,11 +98,16 @@ class WebGPUPartitioner(Partitioner):
         return PartitionResult(tagged_exported_program=exported_program, partition_tags=tags)
 
 
-def separate_outputs(program: ExportedProgram) -> None:
-    """Give outputs that are a buffer's new value a clone of their own, in an ATen program before functionalisation.
+def separate_outputs(program: ExportedProgram) -> ExportedProgram:
+    """Give outputs that are a buffer's new value a clone of their own, in place, and return the program.
 
-    ExecuTorch refuses to consume a buffer in a delegate whose new value is an output itself. The clone costs nothing:
-    inside the delegate it is a view.
+    ExecuTorch refuses to consume a buffer in a delegate whose new value is an output itself, and a partitioner may not
+    change the graph that `to_backend` gives it. `to_edge_transform_and_lower` calls this by itself; before
+    `to_edge(...).to_backend(...)` it is the caller's to do, for modules that return their caches. The clone costs
+    nothing: inside the delegate it is a view.
+
+    Args:
+        program: what `torch.export.export` gives, before functionalisation.
     """
     signature = program.graph_signature
     graph = program.graph_module.graph
@@ -107,6 +125,7 @@ def separate_outputs(program: ExportedProgram) -> None:
         signature.output_specs[position] = OutputSpec(spec.kind, TensorArgument(clone.name), spec.target)
     output.args = (type(output.args[0])(results),)
     program.graph_module.recompile()
+    return program
 
 
 KEPT_WHOLE = frozenset(
@@ -168,8 +187,8 @@ _READ_OUTSIDE = (
     "it updates a buffer whose new value is read outside the delegate; the buffer must stay outside as a whole"
 )
 _IS_OUTPUT = (
-    "it updates a buffer whose new value is also an output, which ExecuTorch cannot delegate; return a clone of the "
-    "buffer, or lower with to_edge_transform_and_lower, where the partitioner does so"
+    "it updates a buffer whose new value is also an output, which ExecuTorch cannot delegate; give the exported "
+    "program to executorch_webgpu.partitioner.separate_outputs before to_edge, or lower with to_edge_transform_and_lower"
 )
 
 

@@ -25,9 +25,9 @@ attention; float16 caches are rounded to float16 as the program says. Route B is
 `to_edge(...).to_backend(...)`.
 
 `bare_*_user_caches` hands its caches in and out: ExecuTorch itself puts `aten::copy_` outside the delegate then.
-Caches that are also outputs (`*_cache_returned`) need route B, where the partitioner clones the output: on route A
-ExecuTorch's `to_backend` refuses a delegate whose mutated buffer is an output too, so the partitioner leaves the cache
-update outside and says why (`refused`).
+Caches that are also outputs (`*_cache_returned`): ExecuTorch refuses a delegate whose mutated buffer is an output too.
+On route B the partitioner gives such outputs a clone; on route A, where it may not change the graph, the caller does
+(`executorch_webgpu.partitioner.separate_outputs`, without effect on every other configuration).
 """
 
 

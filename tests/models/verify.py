@@ -76,11 +76,11 @@ def lower(built: Built, route: str, disabled: Collection[str] = ()) -> tuple[byt
     """The `.pte` of a configuration, and what the partitioner refused."""
     from executorch.exir import to_edge, to_edge_transform_and_lower
 
-    from executorch_webgpu.partitioner import WebGPUPartitioner
+    from executorch_webgpu.partitioner import WebGPUPartitioner, separate_outputs
 
     partitioner = WebGPUPartitioner(disable_passes=disabled)
     if route == "A":
-        edge = to_edge(built.exported, **built.to_edge_kwargs()).to_backend(partitioner)
+        edge = to_edge(separate_outputs(built.exported), **built.to_edge_kwargs()).to_backend(partitioner)
     else:
         edge = to_edge_transform_and_lower(built.exported, partitioner=[partitioner], **built.edge_kwargs)
     return bytes(edge.to_executorch().buffer), partitioner.refused

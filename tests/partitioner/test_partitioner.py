@@ -14,7 +14,7 @@ from executorch.exir import EdgeCompileConfig, to_edge, to_edge_transform_and_lo
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers llama::*)
 from torch.export import Dim, export
 
-from executorch_webgpu.partitioner import WebGPUPartitioner
+from executorch_webgpu.partitioner import WebGPUPartitioner, separate_outputs
 from executorch_webgpu.runtime import MissingDataError, Program, Runtime
 from tests.harness import device
 
@@ -89,6 +89,40 @@ def test_a_cache_is_inside_as_a_whole_or_outside_as_a_whole(outside: bool) -> No
     else:
         assert method.outside() == []
         assert list(method.state.buffers()) == ["cache"]
+
+
+class Returned(torch.nn.Module):
+    """A cache that is an output too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(1, 8, 1, 4))
+
+    def forward(self, value: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        start = position[0].item()
+        torch.ops.llama.update_cache(value, self.cache, start)
+        return torch.cos(self.cache), self.cache
+
+
+@pytest.mark.parametrize("separated", [False, True])
+def test_a_cache_that_is_an_output_too_is_delegated_once_it_has_a_clone(separated: bool) -> None:
+    """On `to_backend`; the program is right either way."""
+    exported = export(Returned(), (torch.randn(1, 2, 1, 4), torch.tensor([0])))
+    partitioner = WebGPUPartitioner()
+    edge = to_edge(separate_outputs(exported) if separated else exported, compile_config=CONFIG)
+    method = load(edge.to_backend(partitioner).to_executorch()).load_method("forward")
+    expected = torch.zeros(1, 8, 1, 4)
+    for position in (0, 3, 2):
+        value = torch.randn(1, 2, 1, 4)
+        expected[:, position : position + 2] = value
+        cosines, cache = method.execute([value, torch.tensor([position])])
+        torch.testing.assert_close(cache, expected, atol=0, rtol=0)
+        torch.testing.assert_close(cosines, torch.cos(expected), atol=1e-5, rtol=1e-4)
+    if separated:
+        assert len(method.delegates) == 1
+        assert (method.outside(), partitioner.refused) == ([], {})
+    else:
+        assert "separate_outputs" in partitioner.refused["auto_functionalized_v2"]
 
 
 class Net(torch.nn.Module):
