@@ -188,7 +188,8 @@ _READ_OUTSIDE = (
 )
 _IS_OUTPUT = (
     "it updates a buffer whose new value is also an output, which ExecuTorch cannot delegate; give the exported "
-    "program to executorch_webgpu.partitioner.separate_outputs before to_edge, or lower with to_edge_transform_and_lower"
+    "program to executorch_webgpu.partitioner.separate_outputs before to_edge, or lower with "
+    "to_edge_transform_and_lower"
 )
 
 
