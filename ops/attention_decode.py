@@ -1,4 +1,4 @@
-"""Attention of few query rows over many keys: wgsl/attention_stream.wgsl (devices with subgroups),
+"""Attention of few query rows over many keys, or of short prompts: wgsl/attention_stream.wgsl (devices with subgroups),
 wgsl/attention_decode.wgsl (any device and head size), and wgsl/attention_merge.wgsl, which follows both.
 """
 
@@ -33,8 +33,11 @@ MAX_SCRATCH = 32 << 20
 """Bytes of partial results beyond which the keys are split less, or the prefill route is taken."""
 STREAM_LANES = 256
 """Lanes of a workgroup of the stream kernel."""
-STREAM_TILES = 4
-"""Tiles of rows of one workgroup of the stream kernel at most."""
+SHORT_PROMPT = 3 << 16
+"""Tiles of four rows times rows of the cache up to which more than DECODE_ROWS rows take the stream kernel as well: it
+has many workgroups that wait for few loads, the flash kernel few, which walk over keys and head size in steps."""
+KEYS_OF_A_SPLIT = 128
+"""Keys below which a split of such a prompt is not worth its partial result."""
 STREAM_WORKGROUPS = 256
 """Workgroups of the stream kernel that splitting the keys aims at: what a large GPU runs at once (docs/KERNELS.md)."""
 _ROWS_PARTS = {1: "rows_1", 2: "rows_2", 4: "rows_4"}
@@ -42,6 +45,7 @@ _CELLS = {
     "f16": ("vec4<u32>", ("cells_f16",)),
     "f32": ("vec4<f32>", ("cells_f32",)),
     "i8": ("vec2<u32>", ("scales", "cells_i8")),
+    "i8_zeros": ("vec2<u32>", ("scales_zeros", "cells_i8_zeros")),
     "i4": ("u32", ("scales", "cells_i4")),
 }
 """How the caches hold numbers -> what the stream kernel loads at once, and the parts that do so."""
@@ -196,6 +200,12 @@ class StreamChoice:
         return max(TILE, min(self.step, 64))
 
 
+def is_short(problem: Problem) -> bool:
+    """Whether more than DECODE_ROWS rows take the stream kernel, where the device has subgroups."""
+    tiles = problem.batch * problem.kv_heads * -(-problem.group * problem.rows // 4)
+    return tiles * problem.capacity <= SHORT_PROMPT
+
+
 def choose_stream(problem: Problem, limits: Limits, cell: int, variant: str = "auto") -> StreamChoice | None:
     """The division for devices with subgroups, or None where the kernel does not apply.
 
@@ -211,19 +221,23 @@ def choose_stream(problem: Problem, limits: Limits, cell: int, variant: str = "a
     asked = {} if variant == "auto" else {k: int(v) for k, v in (part.split("=") for part in variant.split(";"))}
     count = problem.group * problem.rows
     rows = min(4, 1 << (count - 1).bit_length())
-    tiles = asked.get("tiles", min(STREAM_TILES, 1 << (-(-count // rows) - 1).bit_length()))
+    tiles = asked.get("tiles", 1)  # more never gained: tiles that read the same keys run side by side
     row_tiles = -(-count // (rows * tiles))
     per_split = problem.results * (problem.dv + 2) * 4
     groups = problem.batch * problem.kv_heads * row_tiles
     room = min(MAX_SCRATCH, limits.max_binding) // per_split
     if not room:
         return None
-    wanted = asked.get("splits", max(1, STREAM_WORKGROUPS // groups))
+    lanes = asked.get("lanes", STREAM_LANES if problem.rows == 1 else STREAM_LANES // 2)  # ranges of rows cost time
+    wanted = asked.get("splits", max(1, STREAM_WORKGROUPS * STREAM_LANES // lanes // groups))
+    if problem.rows > DECODE_ROWS:
+        wanted = asked.get("splits", min(wanted, max(1, problem.capacity // KEYS_OF_A_SPLIT)))
     splits = max(1, min(MAX_SPLITS, -(-problem.capacity // TILE), wanted, room))
-    # Few rounds: the wait for the first keys counts, so ask early. Several tiles: fewer bytes are under way at a time.
-    round_ = STREAM_LANES // shares // tiles * 4
-    prefetch = bool(asked.get("prefetch", tiles > 1 or problem.capacity <= 2 * splits * round_))
-    lanes = asked.get("lanes", STREAM_LANES // 2 if prefetch else STREAM_LANES)
+    # No more than one round of keys: the wait for them counts, so half as many lanes ask early for those of two rounds.
+    few = problem.rows == 1 and rows > 1 and problem.capacity <= splits * (STREAM_LANES // shares // tiles * 4)
+    prefetch = bool(asked.get("prefetch", few))
+    if prefetch and "lanes" not in asked:
+        lanes = min(lanes, STREAM_LANES // 2)
     while lanes > shares * tiles and not _stream_fits(lanes, shares, rows, tiles, limits):
         lanes //= 2
     if lanes < shares * tiles or not _stream_fits(lanes, shares, rows, tiles, limits):
@@ -258,19 +272,20 @@ def stream(
 ) -> Iterator[Dispatch]:
     """The route of devices with subgroups."""
     types = types_of(ctx, args, problem, out)
-    cell, cells = _CELLS[f"i{bits_of(args)}" if bits_of(args) else ctx.wgsl_type(args["key"])]
+    packed = f"i{bits_of(args)}{'_zeros' if args.get('zeros') else ''}"
+    cell, cells = _CELLS[packed if bits_of(args) else ctx.wgsl_type(args["key"])]
     kinds = {name: types[name] for name in ("Mask", "Sink")}
     kinds |= {"Q": f"vec4<{types['Q']}>", "Out": f"vec4<{types['Out']}>", "Cell": cell}
     tile = choice.split_tile
     common = consts_of(ctx, args, problem)
     consts = {
         **{name: common[name] for name in ("D", "DV", "MASK")},
-        "PLAIN": args.get("attn_mask") is None and problem.rows == 1 and not number(args["softcap"]),
         "PREFETCH": choice.prefetch,
         "SPLITS": choice.splits,
         "SPLIT_TILE": tile,
         "GROUP": problem.group,
         "ROW_TILES": choice.row_tiles,
+        "HEAD_TILES": problem.kv_heads * choice.row_tiles,
         "L": choice.shares,
         "LANES": choice.lanes,
         "ROWS": choice.rows,
@@ -281,7 +296,10 @@ def stream(
     partial, ml = _scratch(ctx, problem, choice.splits if merges else 1)
     bindings = {**bindings_of(ctx, args, "query", "key", "value", "mask", "sink"), "partial": partial, "ml": ml}
     bindings["out"] = out.value
-    parts = ("rules", "splits", "scores", _ROWS_PARTS[choice.rows], *cells)
+    plain = args.get("attn_mask") is None and problem.rows == 1 and not number(args["softcap"])
+    ragged = args.get("lengths") is not None
+    kind = ("stream_plain" if plain else "stream_judged", "stream_ragged" if ragged else "stream_whole")
+    parts = ("rules", "splits", "scores", _ROWS_PARTS[choice.rows], *cells, *kind)
     sizes = args.get("sizes") if live_stream(ctx, args, problem) == choice else None
     grid, _ = grids(problem, choice)
     yield _sized(

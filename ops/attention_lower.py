@@ -1,7 +1,9 @@
 """The kernels of attention: which one runs, and its numbers. `attention.py` has the operators.
 
 Routes:
-    decode: few query rows. The keys are split among workgroups, each serving all query heads of a KV head, then merged.
+    stream: few query rows, or a short prompt, on devices with subgroups. The keys are split among workgroups, each
+        serving four rows of one KV head, then merged.
+    decode: few query rows, any device. As stream, in workgroup memory.
     flash: many query rows, in register tiles. One workgroup a tile of rows of one KV head walks over the keys it needs.
     prefill: as flash with little workgroup memory, for any head size. One workgroup a tile of rows of one head.
     naive: the oracle of the tests, on request only.
@@ -25,11 +27,12 @@ from .attention_common import (
     tensor_shape,
     types_of,
 )
-from .attention_decode import DECODE_ROWS, cell_columns, choose_decode, choose_stream, decode, stream
+from .attention_decode import DECODE_ROWS, cell_columns, choose_decode, choose_stream, decode, is_short, stream
 from .attention_flash import choose_flash, flash
 from .attention_prefill import prefill
 from .base import Dispatch, Lowering, Param
 from .lengths import batch_fits
+from .packed_cache import bits_of
 
 __all__ = ["LIMITS_OF_KEYS", "ROUTES", "attend"]
 
@@ -48,7 +51,7 @@ def attend(ctx: Lowering, args: Mapping[str, Arg], out: Ref) -> Iterator[Dispatc
     common = shared_params(ctx, args, problem, out)
     route = str(args.get("route", "auto"))
     few = problem.rows <= DECODE_ROWS
-    if route == "stream" or (route == "auto" and few):
+    if route == "stream" or (route == "auto" and (few or (is_short(problem) and not bits_of(args)))):
         variant = str(args.get("variant", "auto")) if route == "stream" else "auto"
         streamed = choose_stream(problem, ctx.limits, cell_columns(ctx, args), variant)
         if streamed is not None:

@@ -71,6 +71,7 @@ const PITCH = CHUNK + 1u; // of a row of queries or keys
 const P_PITCH = 2u * TY + 2u; // of a key's probabilities
 const BLOCKS = min(2u, (DV4 + 15u) / 16u); // of 16 vec4 value columns
 const VW = 16u * BLOCKS;
+const VTURN = 32u / BLOCKS; // keys of one turn of the value loop
 const PARTS = 16u / SUB;
 const K_AT = QROWS * PITCH;
 const V_AT = KEYS * P_PITCH; // also of the maxima that lanes exchange
@@ -333,7 +334,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
                 next = fetch_keys(lane, key0 + KEYS, end, k_base, 0u);
             }
             if (full) {
-                for (var j = 0u; j < VKEYS; j += min(VKEYS, 16u)) {
+                for (var j = 0u; j < VKEYS; j += min(VKEYS, VTURN)) {
                     let p = (first + j) * P_PITCH + ty;
                     let v = V_AT + j * VW + tx;
                     acc = with_keys(acc, p, v);
@@ -341,6 +342,12 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
                     if (VKEYS > 8u) {
                         acc = with_keys(acc, p + 8u * P_PITCH, v + 8u * VW);
                         acc = with_keys(acc, p + 12u * P_PITCH, v + 12u * VW);
+                    }
+                    if (min(VKEYS, VTURN) > 16u) {
+                        acc = with_keys(acc, p + 16u * P_PITCH, v + 16u * VW);
+                        acc = with_keys(acc, p + 20u * P_PITCH, v + 20u * VW);
+                        acc = with_keys(acc, p + 24u * P_PITCH, v + 24u * VW);
+                        acc = with_keys(acc, p + 28u * P_PITCH, v + 28u * VW);
                     }
                 }
             } else {

@@ -8,9 +8,9 @@ fn tile_of(a: vec4<f32>, b: vec4<f32>, c: vec4<f32>, d: vec4<f32>) -> Tile {
     return a;
 }
 
-/// The dot products of four columns of a key with those of each row.
-fn products(k: vec4<f32>, q: Tile) -> Rows {
-    return dot(k, q);
+/// A lane's share of the scores of a key against each row, whose columns are in q0 and q1.
+fn products(k: mat2x4<f32>, q0: Tile, q1: Tile) -> Rows {
+    return chained(k, q0, q1);
 }
 
 fn scaled(acc: Tile, c: Rows) -> Tile {
@@ -19,16 +19,22 @@ fn scaled(acc: Tile, c: Rows) -> Tile {
 
 /// acc + the products of four columns of a value with the weight of each row.
 fn added(acc: Tile, v: vec4<f32>, p: Rows) -> Tile {
-    return acc + p * v;
+    return fma(vec4<f32>(p), v, acc);
 }
 
 /// As `added`, where negative weights mark a row from which the key is hidden: what the key holds must not reach it.
 fn added_seen(acc: Tile, v: vec4<f32>, p: Rows) -> Tile {
-    return select(acc + p * v, acc, p < 0.0);
+    return select(fma(vec4<f32>(p), v, acc), acc, p < 0.0);
 }
 
-fn summed(acc: Tile, step: u32) -> Tile {
-    return acc + subgroupShuffleXor(acc, step);
+/// acc scaled by c, added up over two lanes `step` apart.
+fn summed(acc: Tile, c: Rows, step: u32) -> Tile {
+    return fma(acc, vec4<f32>(c), subgroupShuffleXor(acc * c, step));
+}
+
+/// As `summed`, of a where not `upper`, of b in the other lane.
+fn exchanged(a: Tile, b: Tile, c: Rows, upper: bool, step: u32) -> Tile {
+    return fma(select(a, b, upper), vec4<f32>(c), subgroupShuffleXor(select(b, a, upper) * c, step));
 }
 
 fn row_of(x: Tile, row: u32) -> vec4<f32> {

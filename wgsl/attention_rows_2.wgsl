@@ -8,8 +8,8 @@ fn tile_of(a: vec4<f32>, b: vec4<f32>, c: vec4<f32>, d: vec4<f32>) -> Tile {
     return Tile(a, b);
 }
 
-fn products(k: vec4<f32>, q: Tile) -> Rows {
-    return k * q;
+fn products(k: mat2x4<f32>, q0: Tile, q1: Tile) -> Rows {
+    return Rows(chained(k, q0[0], q1[0]), chained(k, q0[1], q1[1]));
 }
 
 fn scaled(acc: Tile, c: Rows) -> Tile {
@@ -17,15 +17,25 @@ fn scaled(acc: Tile, c: Rows) -> Tile {
 }
 
 fn added(acc: Tile, v: vec4<f32>, p: Rows) -> Tile {
-    return Tile(acc[0] + p.x * v, acc[1] + p.y * v);
+    return Tile(fma(vec4<f32>(p.x), v, acc[0]), fma(vec4<f32>(p.y), v, acc[1]));
 }
 
 fn added_seen(acc: Tile, v: vec4<f32>, p: Rows) -> Tile {
-    return Tile(select(acc[0] + p.x * v, acc[0], p.x < 0.0), select(acc[1] + p.y * v, acc[1], p.y < 0.0));
+    return Tile(select(fma(vec4<f32>(p.x), v, acc[0]), acc[0], p.x < 0.0), select(fma(vec4<f32>(p.y), v, acc[1]), acc[1], p.y < 0.0));
 }
 
-fn summed(acc: Tile, step: u32) -> Tile {
-    return Tile(acc[0] + subgroupShuffleXor(acc[0], step), acc[1] + subgroupShuffleXor(acc[1], step));
+fn summed(acc: Tile, c: Rows, step: u32) -> Tile {
+    return Tile(
+        fma(acc[0], vec4<f32>(c.x), subgroupShuffleXor(acc[0] * c.x, step)),
+        fma(acc[1], vec4<f32>(c.y), subgroupShuffleXor(acc[1] * c.y, step)),
+    );
+}
+
+fn exchanged(a: Tile, b: Tile, c: Rows, upper: bool, step: u32) -> Tile {
+    return Tile(
+        fma(select(a[0], b[0], upper), vec4<f32>(c.x), subgroupShuffleXor(select(b[0], a[0], upper) * c.x, step)),
+        fma(select(a[1], b[1], upper), vec4<f32>(c.y), subgroupShuffleXor(select(b[1], a[1], upper) * c.y, step)),
+    );
 }
 
 fn row_of(x: Tile, row: u32) -> vec4<f32> {

@@ -8,8 +8,8 @@ fn tile_of(a: vec4<f32>, b: vec4<f32>, c: vec4<f32>, d: vec4<f32>) -> Tile {
     return Tile(a, b, c, d);
 }
 
-fn products(k: vec4<f32>, q: Tile) -> Rows {
-    return k * q;
+fn products(k: mat2x4<f32>, q0: Tile, q1: Tile) -> Rows {
+    return Rows(chained(k, q0[0], q1[0]), chained(k, q0[1], q1[1]), chained(k, q0[2], q1[2]), chained(k, q0[3], q1[3]));
 }
 
 fn scaled(acc: Tile, c: Rows) -> Tile {
@@ -17,24 +17,33 @@ fn scaled(acc: Tile, c: Rows) -> Tile {
 }
 
 fn added(acc: Tile, v: vec4<f32>, p: Rows) -> Tile {
-    return Tile(acc[0] + p.x * v, acc[1] + p.y * v, acc[2] + p.z * v, acc[3] + p.w * v);
+    return Tile(fma(vec4<f32>(p.x), v, acc[0]), fma(vec4<f32>(p.y), v, acc[1]), fma(vec4<f32>(p.z), v, acc[2]), fma(vec4<f32>(p.w), v, acc[3]));
 }
 
 fn added_seen(acc: Tile, v: vec4<f32>, p: Rows) -> Tile {
     return Tile(
-        select(acc[0] + p.x * v, acc[0], p.x < 0.0),
-        select(acc[1] + p.y * v, acc[1], p.y < 0.0),
-        select(acc[2] + p.z * v, acc[2], p.z < 0.0),
-        select(acc[3] + p.w * v, acc[3], p.w < 0.0),
+        select(fma(vec4<f32>(p.x), v, acc[0]), acc[0], p.x < 0.0),
+        select(fma(vec4<f32>(p.y), v, acc[1]), acc[1], p.y < 0.0),
+        select(fma(vec4<f32>(p.z), v, acc[2]), acc[2], p.z < 0.0),
+        select(fma(vec4<f32>(p.w), v, acc[3]), acc[3], p.w < 0.0),
     );
 }
 
-fn summed(acc: Tile, step: u32) -> Tile {
+fn summed(acc: Tile, c: Rows, step: u32) -> Tile {
     return Tile(
-        acc[0] + subgroupShuffleXor(acc[0], step),
-        acc[1] + subgroupShuffleXor(acc[1], step),
-        acc[2] + subgroupShuffleXor(acc[2], step),
-        acc[3] + subgroupShuffleXor(acc[3], step),
+        fma(acc[0], vec4<f32>(c.x), subgroupShuffleXor(acc[0] * c.x, step)),
+        fma(acc[1], vec4<f32>(c.y), subgroupShuffleXor(acc[1] * c.y, step)),
+        fma(acc[2], vec4<f32>(c.z), subgroupShuffleXor(acc[2] * c.z, step)),
+        fma(acc[3], vec4<f32>(c.w), subgroupShuffleXor(acc[3] * c.w, step)),
+    );
+}
+
+fn exchanged(a: Tile, b: Tile, c: Rows, upper: bool, step: u32) -> Tile {
+    return Tile(
+        fma(select(a[0], b[0], upper), vec4<f32>(c.x), subgroupShuffleXor(select(b[0], a[0], upper) * c.x, step)),
+        fma(select(a[1], b[1], upper), vec4<f32>(c.y), subgroupShuffleXor(select(b[1], a[1], upper) * c.y, step)),
+        fma(select(a[2], b[2], upper), vec4<f32>(c.z), subgroupShuffleXor(select(b[2], a[2], upper) * c.z, step)),
+        fma(select(a[3], b[3], upper), vec4<f32>(c.w), subgroupShuffleXor(select(b[3], a[3], upper) * c.w, step)),
     );
 }
 

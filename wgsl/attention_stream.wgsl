@@ -9,7 +9,8 @@
 // and V leave memory once for all rows of the tiles. Each of SLOTS slots takes four keys a round. The dot products of four keys are summed over
 // the L lanes by shuffles so that each lane of a quad ends with one of the keys: it alone applies mask and exponential, and the weights go
 // back to all lanes by quad broadcasts. The softmax state is in registers and rescaled only when a maximum rises: the loop has no barrier.
-// Slots meet at the end: by shuffles within SUBGROUP lanes, then in workgroup memory, after one barrier.
+// Slots meet at the end: by shuffles within SUBGROUP lanes, then in workgroup memory, after one barrier. Multiply-adds are written out, so that
+// variants of the text (with and without lengths) round alike.
 //
 // Ragged batches: a batch row's keys are split by its own length, so the workgroups past its splits leave, as do those of which all rows are
 // padding; split 0 writes zeros for the padding.
@@ -17,7 +18,9 @@
 // Memory traffic: (D + DV) * element size bytes a key and KV head, once; partial results (DV + 2) * 4 bytes a row and split.
 // Unchecked: keys are below `end` <= capacity, columns below D and DV, rows below `count`; splits, heads and batch rows are the grid's.
 // Versions: docs/KERNELS.md.
-// Appended: attention_whole.wgsl or ragged_rows.wgsl with attention_ragged.wgsl, attention_rules.wgsl, attention_splits.wgsl, attention_scores.wgsl, attention_rows_<ROWS>.wgsl, and
+// Appended: attention_whole.wgsl or ragged_rows.wgsl with attention_ragged.wgsl, attention_rules.wgsl, attention_splits.wgsl, attention_scores.wgsl,
+// attention_rows_<ROWS>.wgsl,
+// attention_stream_plain.wgsl or attention_stream_judged.wgsl, attention_stream_whole.wgsl or attention_stream_ragged.wgsl, and
 // attention_cells_<type of the caches>.wgsl: f16, f32; i8, i4 with attention_scales.wgsl, which need a device that binds 10 storage buffers.
 
 @group(0) @binding(0) var<storage, read> query: array<Q>;
@@ -51,14 +54,12 @@ struct Params {
 @group(0) @binding(9) var<uniform> live: array<vec4<i32>, 16>;
 @group(0) @binding(10) var<uniform> lengths: array<vec4<i32>, LENGTHS>;
 
-const LOG2E: f32 = 1.4426950408889634;
-const LN2: f32 = 0.6931471805599453;
-const FLOOR: f32 = -1.0e38; // a maximum over no key yet; keys past the end score LOWEST, far below it
 const GROUPS = LANES / L;
 const SLOTS = GROUPS / TILES;
 const STEP = SLOTS * 4u;
 const SPAN = max(min(SUBGROUP, LANES), L * TILES); // lanes whose slots meet by shuffles
 const BLOCKS = LANES / SPAN; // what meets in workgroup memory
+const PAIRS = SPAN > L * TILES; // more than one slot meets by shuffles
 const WIDTH = 2u * L; // vec4 columns that the lanes of a row hold
 const DV4 = DV / 4u;
 
@@ -66,17 +67,10 @@ var<workgroup> shares: array<vec4<f32>, BLOCKS * TILES * ROWS * WIDTH>;
 var<workgroup> tops: array<f32, BLOCKS * TILES * ROWS>;
 var<workgroup> sums: array<f32, BLOCKS * TILES * ROWS>;
 
-/// e^x of a difference of scores. Where nothing but the scale is applied to them they are kept in units of ln 2, which saves a product.
-fn power(x: Rows) -> Rows {
-    if (PLAIN) {
-        return exp2(x);
-    }
-    return exp(x);
-}
-
-/// One lane's share of the scores of a key.
-fn score(k: mat2x4<f32>, q0: Tile, q1: Tile) -> Rows {
-    return products(k[0], q0) + products(k[1], q1);
+/// The dot product of eight columns. A chain of multiply-adds: a vector times a matrix costs an addition more.
+fn chained(k: mat2x4<f32>, a: vec4<f32>, b: vec4<f32>) -> f32 {
+    let x = fma(k[0].w, a.w, fma(k[0].z, a.z, fma(k[0].y, a.y, k[0].x * a.x)));
+    return fma(k[1].w, b.w, fma(k[1].z, b.z, fma(k[1].y, b.y, fma(k[1].x, b.x, x))));
 }
 
 /// The scores of four keys, summed over the L lanes that share them: lane l of a slot gets those of key l % 4.
@@ -108,8 +102,7 @@ fn query_columns(number: u32, count: u32, b: u32, kv_head: u32, column: u32) -> 
         return vec4<f32>();
     }
     let at = place(number, kv_head);
-    let x = vec4<f32>(query[(b * params.q_b + at.x * params.q_s + at.y * params.q_h + column) >> 2u]);
-    return x * (params.scale * select(1.0, LOG2E, PLAIN));
+    return vec4<f32>(query[(b * params.q_b + at.x * params.q_s + at.y * params.q_h + column) >> 2u]);
 }
 
 /// Four columns of the rows of a tile.
@@ -125,45 +118,16 @@ fn query_tile(number: u32, count: u32, b: u32, kv_head: u32, column: u32) -> Til
     return tile_of(query_columns(number, count, b, kv_head, column), x1, x2, x3);
 }
 
-/// Scores of one key after cap, mask and the rows' ranges; hidden ones are -inf.
-fn judged(x: Rows, b: u32, tile0: u32, count: u32, kv_head: u32, j: u32, end: u32) -> Rows {
-    var s = x;
-    for (var r = 0u; r < ROWS; r++) {
-        let number = tile0 + r;
-        let at = place(number, kv_head);
-        var y = params.minus_inf;
-        if (number < count && j < min(end, key_limit(b, at.x)) && j >= key_first(b, at.x)) {
-            y = masked(capped(number_of(x, r)), b, at.y, at.x, j);
-        }
-        s = with_number(s, r, y);
-    }
-    return s;
-}
-
-/// Zeros for the workgroup's rows that are padding.
-fn clear_padding(lane: u32, first_row: u32, count: u32, b: u32, kv_head: u32) {
-    for (var i = lane; i < TILES * ROWS * DV4; i += LANES) {
-        let number = first_row + i / DV4;
-        if (number >= count && number < GROUP * params.rows) {
-            let at = place(number, kv_head);
-            out[((b * params.o_b + at.x * params.o_s + at.y * params.o_h) >> 2u) + i % DV4] = Out();
-        }
-    }
-}
-
 @compute @workgroup_size(LANES)
-fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let split = wid.x;
-    let first_row = (wid.y % ROW_TILES) * (TILES * ROWS);
-    let kv_head = wid.y / ROW_TILES;
+fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    // tiles of rows that read the same keys, then heads whose keys lie side by side, run next to each other
+    let flat = wid.y * groups.x + wid.x;
+    let split = flat / HEAD_TILES;
+    let first_row = (flat % ROW_TILES) * (TILES * ROWS);
+    let kv_head = flat % HEAD_TILES / ROW_TILES;
     let b = wid.z;
-    if (RAGGED) {
-        if (split == 0u) { // which is there whatever the lengths are
-            clear_padding(lane, first_row, GROUP * rows_of(b), b, kv_head);
-        }
-        if (first_row >= GROUP * rows_of(b)) {
-            return;
-        }
+    if (without_rows(lane, first_row, split, b, kv_head)) {
+        return;
     }
 
     // the split's share of the keys that any row sees
@@ -200,7 +164,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     let q0 = query_tile(tile0, count, b, kv_head, cell_column(l, 0u));
     let q1 = query_tile(tile0, count, b, kv_head, cell_column(l, 1u));
 
-    var top = Rows(select(LOWEST, FLOOR, PLAIN));
+    var top = Rows(FLOOR);
     var sum = Rows();
     var acc0 = Tile();
     var acc1 = Tile();
@@ -216,10 +180,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         let v1 = value_cell(j + SLOTS < end, v_base + (j + SLOTS) * params.v_s, l);
         let v2 = value_cell(j + 2u * SLOTS < end, v_base + (j + 2u * SLOTS) * params.v_s, l);
         let v3 = value_cell(j + 3u * SLOTS < end, v_base + (j + 3u * SLOTS) * params.v_s, l);
-        let s0 = score(wide(k0), q0, q1);
-        let s1 = score(wide(k1), q0, q1);
-        let s2 = score(wide(k2), q0, q1);
-        let s3 = score(wide(k3), q0, q1);
+        let s0 = products(wide(k0), q0, q1);
+        let s1 = products(wide(k1), q0, q1);
+        let s2 = products(wide(k2), q0, q1);
+        let s3 = products(wide(k3), q0, q1);
         if (PREFETCH) { // the keys of the next round
             let n = j + STEP;
             k0 = key_cell(n < end, k_base + n * params.k_s, l);
@@ -229,11 +193,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         }
         var x = scattered(s0, s1, s2, s3, lane);
         let own = j + (lane % 4u) * SLOTS; // the key that this lane judges
-        if (PLAIN) {
-            x = select(x, Rows(LOWEST), own >= end);
-        } else {
-            x = judged(x, b, tile0, count, kv_head, own, end);
-        }
+        x = judged(x, b, tile0, count, kv_head, own, end);
         let raised = max(top, quad_max(x));
         if (differ(raised, top)) {
             let correction = power(top - raised);
@@ -242,13 +202,8 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
             acc1 = scaled(acc1, correction);
             top = raised;
         }
-        var p = power(x - top);
-        if (PLAIN) {
-            sum += p;
-        } else {
-            p = marked(p, x);
-            sum += counted(p);
-        }
+        let p = weights(x, top);
+        sum += mass(p);
         let p0 = quadBroadcast(p, 0u);
         let p1 = quadBroadcast(p, 1u);
         let p2 = quadBroadcast(p, 2u);
@@ -257,34 +212,34 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         let w1 = wide(v1);
         let w2 = wide(v2);
         let w3 = wide(v3);
-        if (PLAIN) {
-            acc0 = added(added(added(added(acc0, w0[0], p0), w1[0], p1), w2[0], p2), w3[0], p3);
-            acc1 = added(added(added(added(acc1, w0[1], p0), w1[1], p1), w2[1], p2), w3[1], p3);
-        } else {
-            acc0 = added_seen(added_seen(added_seen(added_seen(acc0, w0[0], p0), w1[0], p1), w2[0], p2), w3[0], p3);
-            acc1 = added_seen(added_seen(added_seen(added_seen(acc1, w0[1], p0), w1[1], p1), w2[1], p2), w3[1], p3);
-        }
+        acc0 = gathered(gathered(gathered(gathered(acc0, w0[0], p0), w1[0], p1), w2[0], p2), w3[0], p3);
+        acc1 = gathered(gathered(gathered(gathered(acc1, w0[1], p0), w1[1], p1), w2[1], p2), w3[1], p3);
     }
 
-    // the keys of a quad, then the slots of one subgroup
+    // the keys of a quad, then the slots of one subgroup, of which two exchange halves of their columns first
     sum += subgroupShuffleXor(sum, 1u);
     sum += subgroupShuffleXor(sum, 2u);
+    let upper = PAIRS && (lane & (L * TILES)) != 0u;
     for (var step = L * TILES; step < SPAN; step *= 2u) {
         let highest = max(top, subgroupShuffleXor(top, step));
         let correction = power(top - highest);
         top = highest;
-        sum *= correction;
-        sum += subgroupShuffleXor(sum, step);
-        acc0 = summed(scaled(acc0, correction), step);
-        acc1 = summed(scaled(acc1, correction), step);
+        sum = fma(sum, correction, subgroupShuffleXor(sum * correction, step));
+        if (step == L * TILES) {
+            acc0 = exchanged(acc0, acc1, correction, upper, step);
+        } else {
+            acc0 = summed(acc0, correction, step);
+        }
     }
     let block = lane / SPAN;
-    if (lane % SPAN < L * TILES) {
+    if (lane % SPAN < select(1u, 2u, PAIRS) * L * TILES) {
         for (var r = 0u; r < ROWS; r++) {
             let at = (block * TILES + tile) * ROWS + r;
-            shares[at * WIDTH + (cell_column(l, 0u) >> 2u)] = row_of(acc0, r);
-            shares[at * WIDTH + (cell_column(l, 1u) >> 2u)] = row_of(acc1, r);
-            if (l == 0u) {
+            shares[at * WIDTH + (cell_column(l, select(0u, 1u, upper)) >> 2u)] = row_of(acc0, r);
+            if (!PAIRS) {
+                shares[at * WIDTH + (cell_column(l, 1u) >> 2u)] = row_of(acc1, r);
+            }
+            if (l == 0u && !upper) {
                 tops[at] = number_of(top, r);
                 sums[at] = number_of(sum, r);
             }
@@ -308,10 +263,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         for (var k = 0u; k < BLOCKS; k++) {
             let at = k * TILES * ROWS + row;
             let correction = number_of(power(Rows(tops[at] - highest)), 0u);
-            total += sums[at] * correction;
-            result += shares[at * WIDTH + c] * correction;
+            total = fma(sums[at], correction, total);
+            result = fma(shares[at * WIDTH + c], vec4<f32>(correction), result);
         }
-        store(place(number, kv_head), b, split, c, alone, result, highest * select(1.0, LN2, PLAIN), total);
+        store(place(number, kv_head), b, split, c, alone, result, highest * UNIT, total);
     }
 }
 
@@ -325,7 +280,7 @@ fn store(at: vec2<u32>, b: u32, split: u32, c: u32, alone: bool, x: vec4<f32>, t
             if (!is_hidden(logit)) {
                 let raised = max(top, logit);
                 factor = exp(top - raised);
-                total = sum * factor + exp(logit - raised);
+                total = fma(sum, factor, exp(logit - raised));
             }
         }
         let norm = select(factor / total, 0.0, total == 0.0);

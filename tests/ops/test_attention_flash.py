@@ -12,7 +12,7 @@ import pytest
 from executorch_webgpu import wgsl
 from executorch_webgpu.backend.graph import Arg
 from executorch_webgpu.ops.attention_common import Problem
-from executorch_webgpu.ops.attention_decode import DECODE_ROWS
+from executorch_webgpu.ops.attention_decode import DECODE_ROWS, SHORT_PROMPT, is_short
 from executorch_webgpu.ops.attention_flash import (
     MAX_SCRATCH,
     VARIANTS,
@@ -321,8 +321,8 @@ def test_no_keys_give_zeros(sink: float | None, on: str) -> None:
 @pytest.mark.parametrize(
     ("case", "kernels"),
     [
-        (Case(4, 2, 16, 9, 100), PLAIN),
-        (Case(4, 2, 16, 9, 256), SPLIT),
+        (Case(4, 2, 16, 9, 100, route="flash"), PLAIN),
+        (Case(4, 2, 16, 9, 256, route="flash"), SPLIT),
         (Case(4, 2, 18, 9, 100), ["attention_prefill"]),
         (Case(4, 2, 16, 9, 100, dv=6), ["attention_prefill"]),
         (Case(4, 2, 16, 9, 100, route="prefill"), ["attention_prefill"]),
@@ -334,6 +334,35 @@ def test_routes(case: Case, kernels: list[str], on: str) -> None:
     try:
         env = loaded.delegate.bind(loaded.inputs(arrays(case), 0))
         assert [launch.kernel for launch in loaded.delegate.plan(env).launches] == kernels
+    finally:
+        loaded.close()
+
+
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [
+        (Case(4, 2, 16, 9, 100), ["attention_stream"]),
+        (Case(4, 2, 16, 9, 256), ["attention_stream", "attention_merge"]),
+        (Case(8, 2, 16, 64, 1100, window=40), ["attention_stream", "attention_merge"]),
+        (Case(32, 2, 16, 61, 96, mask="f32", softcap=5.0), ["attention_stream"]),
+        (Case(8, 2, 16, 65, 3100), PLAIN),
+    ],
+)
+def test_short_prompts_stream(case: Case, kernels: list[str]) -> None:
+    """Many workgroups that wait for one load each are faster than few that walk; large problems are not for them."""
+    on = device("full")
+    shape = Problem(1, case.heads, case.kv_heads, case.rows, case.capacity, case.d, case.d)
+    tiles = case.kv_heads * -(-case.heads // case.kv_heads * case.rows // 4)
+    assert is_short(shape) == (tiles * case.capacity <= SHORT_PROMPT) == (kernels[0] == "attention_stream")
+    if not on.limits.subgroup_size or case.d > 8 * on.limits.subgroup_size:
+        kernels = ["attention_flash"]
+    loaded, start = Attention(case, "full"), case.capacity - case.rows - 3
+    try:
+        tensors = arrays(case)
+        assert_close(loaded(tensors, start), reference(case, tensors, start))
+        ran = loaded.delegate.plan(loaded.delegate.bind(loaded.inputs(tensors, start))).launches
+        names = [launch.kernel.replace("attention_join", "attention_merge") for launch in ran]
+        assert names[: len(kernels)] == kernels
     finally:
         loaded.close()
 

@@ -173,7 +173,9 @@ def test_one_row_of_queries(route: str, on: str) -> None:
             loaded.close()
 
 
-@pytest.mark.parametrize(("heads", "rows", "mask"), [(2, 1, None), (8, 1, None), (6, 5, "f32"), (32, 8, None)])
+@pytest.mark.parametrize(
+    ("heads", "rows", "mask"), [(2, 1, None), (8, 1, None), (6, 5, "f32"), (16, 4, None), (32, 8, None)]
+)
 def test_variants_for_subgroups_of_32_compile(heads: int, rows: int, mask: str | None) -> None:
     """This machine's driver may have smaller subgroups, but its compiler takes the text all the same."""
     on = device("full")
@@ -183,7 +185,8 @@ def test_variants_for_subgroups_of_32_compile(heads: int, rows: int, mask: str |
         op = find(node.op)
         assert op is not None
         found = list(op.lower(Lowering(loaded.graph, replace(on.limits, subgroup_size=32), lambda _: 0), node))
-        assert [dispatch.kernel for dispatch in found] == ["attention_stream", "attention_join"]
+        wanted = ["attention_stream", "attention_join"]  # 512 workgroups need no splits
+        assert [dispatch.kernel for dispatch in found] == (wanted if heads * rows < 256 else wanted[:1])
         for dispatch in found:
             assert (dispatch.consts["RAGGED"], dispatch.consts["LENGTHS"]) == (True, 8)
             on.kernel(KernelKey.of(dispatch))
