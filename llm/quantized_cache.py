@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 MOST = {torch.int8: 127, torch.uint8: 7}
-"""Dtype of a cache -> largest code. int8: a code a byte; uint8: two of 4 bits."""
+"""Dtype of a cache -> largest code. int8: a code a byte, the least is -127; uint8: two of 4 bits, the least is -8."""
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -29,14 +29,25 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     A vector with an infinity or a NaN has a NaN for its scale, and codes 0.
     """
     y = hadamard(x) if dtype == torch.uint8 else x
-    scales = (y.abs().amax(-1, keepdim=True) / MOST[dtype]).float()
-    usable = (scales > 0) & scales.isfinite()
-    codes = torch.where(usable, (y / torch.where(usable, scales, 1.0)).round(), 0.0).to(torch.int8)
+    scales = _scales(y, dtype).float()
+    usable = (scales != 0) & scales.isfinite()
+    codes = (y / torch.where(usable, scales, 1.0)).round().clamp(-MOST[dtype] - 1, MOST[dtype])
+    codes = torch.where(usable, codes, 0.0).to(torch.int8)
     scales = torch.where(scales.isfinite(), scales, torch.nan)
     if dtype == torch.uint8:
         low, high = (codes[..., i::2].to(torch.int32) & 15 for i in (0, 1))
         return (low | high << 4).to(torch.uint8), scales
     return codes, scales
+
+
+def _scales(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales [..., 1] of vectors y [..., D], with which all of y is within the codes, up to rounding."""
+    if dtype == torch.int8:
+        return y.abs().amax(-1, keepdim=True) / MOST[dtype]
+    above, below = (x.amax(-1, keepdim=True).clamp(min=0) for x in (y, -y))
+    far, near = torch.maximum(above, below), torch.minimum(above, below)
+    size = torch.maximum(far / (MOST[dtype] + 1), near / MOST[dtype])
+    return torch.where(above > below, -size, size)
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:

@@ -24,6 +24,8 @@
     bits: 0, or 8 or 4: key and value are caches of packed integers, u32 [B, C, Hkv, D * bits / 32] as in
         `packed_cache`, with key_scales and value_scales, f32 [B, C, Hkv, 1]; kv_layout is "bshd". A query of 4-bit keys
         is given transformed (`webgpu.quantize_cache`), and so is the result (`webgpu.hadamard`).
+    zeros: whether the scales of 8 bits are f32 [B, C, Hkv, 2], (scale, zero point): code c stands for
+        (c - zero point) * scale, as `webgpu.quantize_update` writes them.
     check_range (default True): refuse start_pos + rows past the last key, for "causal" and "prefix".
     route (default "auto"): for tests; see `attention_lower.ROUTES`.
     variant (default "auto"): of a route that is named, for tests and measurements; see `attention_flash.variants` and
@@ -65,6 +67,7 @@ _DEFAULTS: dict[str, Arg] = {
     "bits": 0,
     "key_scales": None,
     "value_scales": None,
+    "zeros": False,
     "check_range": True,
 }
 

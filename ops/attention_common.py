@@ -10,7 +10,7 @@ from .. import wgsl
 from ..backend.graph import Arg, Ref, Sym
 from .base import Dispatch, Grid, Live, Lowering, Param
 from .lengths import lengths_consts, lengths_parts
-from .packed_cache import bits_of, elements
+from .packed_cache import bits_of, elements, scales_part
 
 TILE = 32
 """Keys that a workgroup looks at together."""
@@ -192,7 +192,7 @@ def bindings_of(ctx: Lowering, args: Mapping[str, Arg], *names: str) -> dict[str
 
 def loads_of(args: Mapping[str, Arg]) -> tuple[str, ...]:
     """The parts by which kernels that take any head size load queries, keys and values."""
-    return ("scales", "loads_packed") if bits_of(args) else ("loads",)
+    return (scales_part(args), "loads_packed") if bits_of(args) else ("loads",)
 
 
 def dispatch_of(

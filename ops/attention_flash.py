@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ..backend.graph import Arg, Ref
 from .attention_common import Problem, bindings_of, consts_of, dispatch_of, power_of_two_up_to, types_of, vec4s
 from .base import Dispatch, Limits, Lowering, Param
-from .packed_cache import bits_of
+from .packed_cache import bits_of, scales_part
 
 KEYS = 64
 """Keys of a tile: four for each of the 16 lanes that share a row."""
@@ -170,7 +170,7 @@ def flash(
     own: dict[str, Param] = {"total": total, "tiles": tiles, "splits": choice.splits}
     tensors = bindings_of(ctx, args, "key", "value", "mask", "sink")
     bindings = {**tensors, "queries": ctx.id(args["query"]), "out": partial}
-    cells = ("scales", "flash_packed") if bits_of(args) else ("flash_cells",)
+    cells = (scales_part(args), "flash_packed") if bits_of(args) else ("flash_cells",)
     shared = ("rules", "scores", "flash_ranges", *cells, "flash_loads", "flash_tiles")
     first = dispatch_of(ctx, "attention_flash", bindings, every, own, total, consts, kinds, shared)
     yield replace(first, body=first.body + _neighbour(choice.shuffle))

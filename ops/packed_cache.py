@@ -1,10 +1,14 @@
 """KV caches of packed integers: what the host's tensors hold, what the GPU's words hold, and which sizes there may be.
 
     int8 [B, C, Hkv, D]: code = round(x / scale), scale = max |x| / 127.
-    uint8 [B, C, Hkv, D / 2], 4 bits a code: x H / sqrt(D) instead of x, with the Hadamard matrix
-        H[i, j] = (-1)^popcount(i & j), so that outliers are spread over the head; scale = max / 7. Byte i holds the
-        codes of elements 2i (low half) and 2i + 1 (high half), in two's complement. D is a power of two, 8 to 256.
-    scales float32 [B, C, Hkv, 1]: one for each token and head. A vector of zeros has scale 0.
+    uint8 [B, C, Hkv, D / 2], 4 bits a code: y = x H / sqrt(D) instead of x, with the Hadamard matrix
+        H[i, j] = (-1)^popcount(i & j), so that outliers are spread over the head. Byte i holds the codes of elements 2i
+        (low half) and 2i + 1 (high half), in two's complement. D is a power of two, 8 to 256. All 16 codes are used:
+        the side of zero on which y reaches further has codes to -8, the other to 7,
+            |scale| = max(far / 8, near / 7), far and near = the larger and the smaller of max(y, 0), max(-y, 0),
+        and the scale is negative where far is max(y, 0).
+    scales float32 [B, C, Hkv, 1]: one for each token and head. A vector of zeros has scale 0. What a code stands for
+        differs from what was quantised by at most half a scale, which is why no extreme is clipped.
 
 Rounding is to nearest, ties to even. On the GPU a cache is u32 [B, C, Hkv, D * bits / 32]: the same bytes, four codes
 of 8 bits or eight of 4 bits a word, the first in the lowest bits.
@@ -36,6 +40,11 @@ def bits_of(args: Mapping[str, Arg]) -> int:
     if isinstance(bits, bool) or not isinstance(bits, int):
         raise TypeError(f"bits is {bits!r}")
     return bits
+
+
+def scales_part(args: Mapping[str, Arg]) -> str:
+    """The shader part, without its prefix, that reads the scales of an attention's packed caches."""
+    return "scales_zeros" if args.get("zeros") else "scales"
 
 
 def elements(shape: tuple[Any, ...], bits: int) -> tuple[Any, ...]:
@@ -112,6 +121,9 @@ def packed_reason(graph: Graph, args: Mapping[str, Arg]) -> str | None:
         return f"bits is {args['bits']!r}; it must be 0, 8 or 4"
     if not bits_of(args):
         return None
+    zeros = args.get("zeros", False)
+    if not isinstance(zeros, bool) or (zeros and bits_of(args) != 8):
+        return f"zeros is {zeros!r} for {args['bits']} bits; only codes of 8 bits have zero points"
     if args["kv_layout"] != "bshd":
         return f"kv_layout is {args['kv_layout']!r}; packed caches are 'bshd'"
     for name in ("key", "value"):
@@ -120,7 +132,7 @@ def packed_reason(graph: Graph, args: Mapping[str, Arg]) -> str | None:
             return f"{name} is {cache.dtype}{list(cache.shape)}; packed caches are u32 of four axes"
         if given is None:
             return f"{name}_scales is missing"
-        scales = graph.value(given)
-        if scales.dtype != "f32" or scales.shape != (*cache.shape[:3], 1):
-            return f"{name}_scales is {scales.dtype}{list(scales.shape)}; it must be f32{[*cache.shape[:3], 1]}"
+        scales, wanted = graph.value(given), (*cache.shape[:3], 2 if zeros else 1)
+        if scales.dtype != "f32" or scales.shape != wanted:
+            return f"{name}_scales is {scales.dtype}{list(scales.shape)}; it must be f32{list(wanted)}"
     return None

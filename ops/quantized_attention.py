@@ -6,8 +6,10 @@
     llama.custom_quantized_sdpa: as `llama.custom_sdpa` of (query, key, value - zero point) * scale, each int8 with
         scales f32 and zero points i8 [B, S or C, H, 1]; the result is float32.
 
-The caches are written by `llama.update_cache`. Integers are i32 on a device, so such a cache takes four bytes an
-element there, and attention dequantises all of it; `executorch_webgpu::group_query_attention` has packed caches.
+The caches are written by `llama.update_cache`. Where these operators stand together as ExecuTorch's quantised cache has
+them, a pass makes packed bytes of it (`backend/passes/quantized_attention.py`): `webgpu.quantize_update` writes them,
+attention reads them. Elsewhere integers are i32 on a device, four bytes an element, and attention dequantises all of a
+cache before.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ QUANTIZE = "quantized_decomposed.quantize_per_token.default"
 DEQUANTIZE = "quantized_decomposed.dequantize_per_token.default"
 ATTENTION = "llama.custom_quantized_sdpa.default"
 _COPIES = ("aten._to_copy.default", "dim_order_ops._to_dim_order_copy.default")
-_EPS = 2.0**-23
+EPS = 2.0**-23
+"""Least scale of a row."""
 PARTS = {"query": "q", "key": "k", "value": "v"}
 """Tensor of the attention -> what the names of its scales and zero points begin with."""
 
@@ -40,7 +43,7 @@ def as_affine(graph: Graph, node: Node) -> Node:
     shape = graph.value(args["input"]).shape
     blocks = _rows(len(shape), shape[-1] if shape else 1)
     if node.op == CHOOSE:
-        given: dict[str, Arg] = {"mapping_type": "ASYMMETRIC", "target_dtype": "i8", "eps": _EPS}
+        given: dict[str, Arg] = {"mapping_type": "ASYMMETRIC", "target_dtype": "i8", "eps": EPS}
         limits: dict[str, Arg] = {"quant_min": -128, "quant_max": 127}
         return Node(affine.CHOOSE, {"input": args["input"], "block_size": blocks, **given, **limits}, node.outputs)
     given = {"input": args["input"], "block_size": blocks, "scale": args["scales"], "zero_point": args["zero_points"]}

@@ -8,12 +8,13 @@ from typing import Any
 
 from .batch_loop import BatchLoop, Choice, Piece
 from .batch_rows import Request, Row
-from .batch_sequences import BatchSequences, token_id
+from .batch_sequences import BatchSequences
 from .errors import InputError
 from .method import Method
 from .program import Program
 from .resident import DEPTH, UNCHOSEN, Batch, Interrupted
 from .sampling import GREEDY, Sampling
+from .token_ids import token_id
 
 __all__ = ["BatchGenerator", "Event", "Request"]
 
@@ -25,9 +26,10 @@ class BatchGenerator(BatchSequences):
     """B token sequences that grow together, each with a life of its own: rows join and leave at any time.
 
     Texts: `join` puts a request into a free row, or lets it wait for one; `step` runs all rows a bit further, `events`
-    until none is left, `run` does both. Sequences: `append_tokens`, `generate_next`, `rewind_to`, `fork`, `reset` work
-    on single rows or several at once, as the methods of `Generator` do on its sequence (see there for what rewinding
-    means). Rows of requests cannot be changed until these are done, or cancelled.
+    until none is left, `run` does both. Sequences: `append_tokens`, `generate_next`, `rewind_to`, `fork`, `reset`,
+    `save_row`, `load_row` work on single rows, some on several at once, as the methods of `Generator` do on its
+    sequence (see there for what rewinding means). Rows of requests cannot be changed until these are done, or
+    cancelled.
 
     What a row computes does not depend on the others: greedy choice gives what the row's tokens would give alone, and
     so does drawing with the same seed, whichever row it is. Rounding may differ, because kernels are chosen by the size
@@ -103,7 +105,7 @@ class BatchGenerator(BatchSequences):
             request = Request(prompt_ids, max_new_tokens, stop_ids, sampling)
         if request.joined:
             raise InputError(f"{request} was used before: make a new one")
-        new = [token_id(row, place, value, self.vocabulary) for place, value in enumerate(request.prompt_ids)]
+        new = [token_id(place, value, self.vocabulary, row) for place, value in enumerate(request.prompt_ids)]
         found = None if row is None else self._own(row)
         if not new and (found is None or not found.tokens):
             raise InputError("there is nothing to continue: the prompt has no tokens")
@@ -172,14 +174,19 @@ class BatchGenerator(BatchSequences):
                     one.joined = False
             raise
         told: dict[Request, int] = {}
-        while not all(one.done for one in joined) or self._found:
-            for request, token in self.step():
-                told[request] = told.get(request, 0) + 1
-                if on_token is None or told[request] > len(request.tokens) or not on_token(request, token):
-                    continue
+        try:
+            while not all(one.done for one in joined) or self._found:
+                for request, token in self.step():
+                    told[request] = told.get(request, 0) + 1
+                    if on_token is None or told[request] > len(request.tokens) or not on_token(request, token):
+                        continue
+                    self.cancel(request)
+                    del request.tokens[told[request] :]  # they came with this one
+                    request.stop_reason = "stopped"
+        except BaseException:
+            for request in joined:  # so that their rows are free for the next call
                 self.cancel(request)
-                del request.tokens[told[request] :]  # they came with this one
-                request.stop_reason = "stopped"
+            raise
         return joined
 
     # -- how requests get on

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
-import numpy as np
-
 from ..backend.graph import Value
+from .arguments import check_count, check_sampling, check_stop_ids, given_ids
 from .buffers import State
 from .device import Device
-from .errors import InputError
 from .host import STORAGE
 from .sampling import GREEDY, Sampling
+from .snapshot import Content, Used
 
 
 class Request:
@@ -33,7 +33,7 @@ class Request:
             `error`; None until it is done.
         error: what went wrong, where that is the reason; None else.
     Raises:
-        InputError: max_new_tokens is negative.
+        InputError: an argument is of a wrong type, or max_new_tokens negative.
     """
 
     def __init__(
@@ -43,12 +43,10 @@ class Request:
         stop_ids: Collection[int] | None = None,
         sampling: Sampling = GREEDY,
     ) -> None:
-        if max_new_tokens is not None and max_new_tokens < 0:
-            raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 0")
-        self.prompt_ids = tuple(prompt_ids)
-        self.max_new_tokens = max_new_tokens
-        self.stop_ids = None if stop_ids is None else frozenset(stop_ids)
-        self.sampling = sampling
+        self.prompt_ids = tuple(given_ids("prompt_ids", prompt_ids))
+        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+        self.stop_ids = check_stop_ids(stop_ids)
+        self.sampling = check_sampling(sampling)
         self.tokens: list[int] = []
         self.row: int | None = None
         self.stop_reason: str | None = None
@@ -104,68 +102,62 @@ class Row:
         self.rewind(0)
         self.seed = secrets.randbits(64)
 
+    @property
+    def content(self) -> Content:
+        """The sequence, as session files have it."""
+        return Content(tuple(self.tokens), self.run, None, self.seed, self.stopped)
+
+    def take(self, content: Content) -> None:
+        """Become such a sequence, whose caches are the row's already."""
+        self.tokens, self.seed, self.stopped, self.marked = list(content.tokens), content.seed, content.stopped, False
+        self.run = min(content.run, max(len(self.tokens) - 1, 0))
+
 
 class RowCopies:
-    """Copies the used part of one row's caches to another row, on the GPU, through a buffer that is made once.
+    """Copies the used part of one row's caches to another row on the GPU. Within a state it goes through a buffer that
+    is made once, since a buffer may not be copied to itself."""
 
-    A buffer may not be copied to itself, hence the detour.
-    """
-
-    def __init__(self, device: Device, state: State, rows: int, capacity: int) -> None:
+    def __init__(self, device: Device, state: State, capacity: int) -> None:
         self.device = device
         self.state = state
-        self.rows = rows
         self.capacity = capacity
         self._between: Any = None
 
-    def copy(self, source: int, target: int, length: int) -> bool:
-        """Copy the first `length` positions of a row. False where rows do not begin at multiples of 4 bytes: nothing
-        was copied then."""
-        buffers, values = self.state.buffers(), self.state.values()
-        if not all(self._aligned(value) for value in values.values()):
+    def copy(self, source: int, target: int, length: int, to: State) -> bool:
+        """Copy the first `length` positions of a row to a row of `to`, a state of the same program. False where rows do
+        not begin at multiples of 4 bytes: nothing was copied then."""
+        values = self.state.values()
+        ends = tuple(Used(length, self.capacity, row) for row in (source, target))
+        if any(ends[0].block(value) * self._item(value) % 4 for value in values.values()):
             return False
+        ours, theirs = self.state.buffers(), to.buffers()
         encoder = self.device.gpu.create_command_encoder(label="fork")
-        between = self._room(max((self._block(value)[1] for value in values.values()), default=0))
         for name, value in values.items():
-            for way in (0, 1):
-                place = 0
-                for start, size in self._pieces(value, (source, target)[way], length):
-                    if way == 0:
-                        encoder.copy_buffer_to_buffer(buffers[name], start, between, place, size)
-                    else:
-                        encoder.copy_buffer_to_buffer(between, place, buffers[name], start, size)
+            place = 0
+            first, second = (list(end.parts(self.device)(value, ours[name].size)) for end in ends)
+            for (start, size), (goal, _) in zip(first, second, strict=True):
+                if to is self.state:
+                    encoder.copy_buffer_to_buffer(ours[name], start, self._room(), place, size)
                     place += size
+                else:
+                    encoder.copy_buffer_to_buffer(ours[name], start, theirs[name], goal, size)
+            for goal, size in reversed(second) if to is self.state else ():
+                place -= size
+                encoder.copy_buffer_to_buffer(self._room(), place, theirs[name], goal, size)
         self.device.gpu.queue.submit([encoder.finish()])
         self.device.counters.submits += 1
         return True
 
-    def _room(self, size: int) -> Any:
+    def _item(self, value: Value) -> int:
+        return STORAGE[self.device.limits.wgsl_type(value.dtype)].itemsize
+
+    def _room(self) -> Any:
+        """The buffer between, as large as the largest row."""
         if self._between is None:
-            self._between = self.device.buffer(size, "other", "fork")
+            values = self.state.values().values()
+            most = max(prod(int(str(size)) for size in value.shape[1:]) * self._item(value) for value in values)
+            self._between = self.device.buffer(most, "other", "fork")
         return self._between
-
-    def _block(self, value: Value) -> tuple[int, int]:
-        """(pieces of a row, bytes of a row): the positions stand together in each piece."""
-        shape = [int(size) for size in value.shape]  # type: ignore[arg-type]
-        item = STORAGE[self.device.limits.wgsl_type(value.dtype)].itemsize
-        pieces = 1 if shape[1] >= self.capacity else shape[1]
-        return pieces, int(np.prod(shape[1:], dtype=np.int64)) * item
-
-    def _aligned(self, value: Value) -> bool:
-        pieces, size = self._block(value)
-        return size // pieces % 4 == 0
-
-    def _pieces(self, value: Value, row: int, length: int) -> Iterator[tuple[int, int]]:
-        """(first byte, bytes) of each used piece of a row, multiples of 4."""
-        pieces, size = self._block(value)
-        each = size // pieces
-        positions, other = (int(size) for size in value.shape[1:3][:: 1 if pieces == 1 else -1])  # type: ignore[arg-type]
-        if pieces == 1 and other >= self.capacity:  # which axis is that of positions cannot be told: all of them
-            length = positions
-        used = -(-each // positions * length // 4) * 4
-        for number in range(pieces):
-            if used:
-                yield row * size + number * each, min(used, each)
 
     def close(self) -> None:
         """Free the buffer between."""

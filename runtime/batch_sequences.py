@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from os import PathLike
 from typing import Any, Self, overload
 
 import numpy as np
 
+from . import snapshot as snapshots
+from .arguments import check_count, check_sampling, check_source, check_stop_ids, given_ids
 from .batch_loop import BatchLoop, Choice, Piece
 from .batch_rows import Row, RowCopies
 from .chooser import NAN_LOGITS, NO_LOGITS
@@ -16,6 +21,8 @@ from .method import Method
 from .program import Program
 from .resident import UNCHOSEN, find_whole
 from .sampling import GREEDY, Sampling, choose
+from .snapshot import Expected, Used
+from .token_ids import is_integer, stop_ids, token_id
 
 Array = np.ndarray[Any, Any]
 CHUNK = 128
@@ -33,10 +40,9 @@ class BatchSequences:
         steps_per_submit: int | None = None,
         chunk: int | None = None,
     ) -> None:
-        if steps_per_submit is not None and steps_per_submit < 0:
-            raise InputError(f"steps_per_submit is {steps_per_submit}, expected at least 0, or None")
-        if chunk is not None and chunk < 1:
-            raise InputError(f"chunk is {chunk}, expected at least 1, or None")
+        check_source(source)
+        steps_per_submit = check_count("steps_per_submit", steps_per_submit)
+        chunk = check_count("chunk", chunk, 1)
         if constants is None and isinstance(source, Program):
             constants = source
         self.constants = dict((constants.constants if isinstance(constants, Program) else constants) or {})
@@ -56,7 +62,7 @@ class BatchSequences:
         self.chunk = min(chunk or CHUNK, self.convention.chunk)
         self.steps_per_submit = steps_per_submit
         self._rows = [Row(number) for number in range(self.convention.rows)]
-        self._copies = RowCopies(self.method.device, self.method.state, self.rows, self.capacity)
+        self._copies = RowCopies(self.method.device, self.method.state, self.capacity)
         self._key = object()
         """Says in `State.user` that the state holds these sequences."""
 
@@ -90,11 +96,12 @@ class BatchSequences:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a text as the program says (constant methods `get_eos_ids`, `get_eos_id`); may be empty."""
-        found: set[int] = set()
-        for name in ("get_eos_ids", "get_eos_id"):
-            value = self.constants.get(name, ())
-            found.update(int(item) for item in (value if isinstance(value, list | tuple) else (value,)))
-        return frozenset(found)
+        return stop_ids(self.constants)
+
+    @cached_property
+    def model_id(self) -> str:
+        """As `snapshot.model_id`."""
+        return snapshots.model_id((self.method,))
 
     def tokens(self, row: int) -> tuple[int, ...]:
         """All ids of a row so far. Raises InputError for a row that is none."""
@@ -127,9 +134,9 @@ class BatchSequences:
         """
         given = self._given(row, ids, "ids")
         added: dict[int, list[int]] = {}
-        for number, new in given.items():
-            found = self._own(number)
-            added[number] = [token_id(number, place, value, self.vocabulary) for place, value in enumerate(new)]
+        for number, ids in given.items():
+            found, new = self._own(number), given_ids(f"row {number}", ids)
+            added[number] = [token_id(place, value, self.vocabulary, number) for place, value in enumerate(new)]
             if not len(new):
                 raise InputError(f"row {number}: no tokens to append")
             self._check_room(found, len(new), f"appending {len(new):,} tokens")
@@ -177,13 +184,16 @@ class BatchSequences:
             WebGPUDelegateError: a row's logits are NaN; the GPU failed. All rows are as they were.
         """
         self._require_open()
+        given = check_stop_ids(stop_ids)
+        stops = self.stop_ids if given is None else given
         if row is None:
             numbers = [found.number for found in self._rows if found.tokens and found.request is None]
         else:
             numbers = [row] if is_integer(row) else list(row)  # type: ignore[arg-type, list-item]
         if len(set(numbers)) != len(numbers):
             raise InputError(f"a row occurs twice in {numbers}")
-        each = [sampling] * len(numbers) if isinstance(sampling, Sampling) else list(sampling)
+        settings = sampling if isinstance(sampling, list | tuple) else [sampling] * len(numbers)
+        each = [check_sampling(one) for one in settings]
         if len(each) != len(numbers):
             raise InputError(f"{len(each)} sampling settings for {len(numbers)} rows")
         found = [self._own(number) for number in numbers]
@@ -201,7 +211,6 @@ class BatchSequences:
                 for other in found:
                     other.marked = False
                 raise WebGPUDelegateError(f"row {one.number}: {UNCHOSEN[token]}")
-        stops = self.stop_ids if stop_ids is None else stop_ids
         for one, token in zip(found, chosen, strict=True):
             one.run = len(one.tokens)
             one.tokens.append(token)
@@ -240,21 +249,66 @@ class BatchSequences:
         for one in found:
             one.clear()
 
-    def fork(self, row: int, to_row: int) -> None:
+    def fork(self, row: int, to_row: int, to: BatchSequences | None = None) -> None:
         """Make another row a copy of a row: its ids, what was run of them, and its random stream. Only the cache rows
         that are in use are copied, on the GPU.
 
+        Args:
+            to: whose row `to_row` is: of the same program on the same device; None: this batch's.
         Raises:
-            InputError: no such row, or a request's; both are one row; nothing was changed.
+            InputError: no such row, or a request's; both are one row; `to` is of another program or device, or its rows
+                are shorter; nothing was changed.
             DeviceError: the device is out of memory.
         """
-        source, target = self._own(row), self._own(to_row)
+        other = self if to is None else to
+        if not isinstance(other, BatchSequences):
+            raise InputError(f"to is {to!r}, expected a BatchGenerator, or None")
+        source, target = self._own(row), other._own(to_row)
         if source is target:
             raise InputError(f"row {row} cannot be forked to itself")
+        if other is not self:
+            if other.method.device is not self.method.device or other.model_id != self.model_id:
+                raise InputError("the other batch runs another program, or on another device")
+            other._check_room(None, len(source.tokens), f"a fork of {len(source.tokens):,} tokens")
         self._ready()
-        copied = source.run == 0 or self._copies.copy(row, to_row, source.run)
-        target.tokens, target.run = list(source.tokens), source.run if copied else 0
-        target.seed, target.stopped, target.marked = source.seed, source.stopped, False
+        other._ready()
+        copied = source.run == 0 or self._copies.copy(source.number, target.number, source.run, other.method.state)
+        target.take(source.content if copied else replace(source.content, run=0))
+
+    def save_row(self, row: int, path: str | PathLike[str]) -> None:
+        """Write a row to a session file (see `snapshot.py`): its ids, its random stream, and the cache rows in use.
+        `load_row` of any batch of the same program goes on there, in any row.
+
+        Raises:
+            InputError: no such row, or a request's; the batch was closed.
+            UnsupportedError: safetensors is not installed.
+            OSError: the file cannot be written.
+        """
+        found = self._own(row)
+        self._ready()
+        state = snapshots.download(self.method.state, Used(found.run, self.capacity, found.number))
+        snapshots.save(path, found.content, state, self.model_id, self.capacity, self.method.name)
+
+    def load_row(self, row: int, path: str | PathLike[str]) -> None:
+        """Replace a row's sequence by one from a file of `save_row`; other rows may run on.
+
+        Raises:
+            InputError: no such row, or a request's; the file is no session, truncated, damaged, of another program, or
+                longer than a row may be. All rows are as they were.
+            UnsupportedError, OSError: as `save_row`; the file cannot be read.
+        """
+        found = self._own(row)
+        self._ready()
+        expected = Expected(
+            self.model_id, self.capacity, self.vocabulary, self.method.state.values(), True, found.number
+        )
+        content, arrays, used = snapshots.load(path, expected, self.method.device)
+        try:
+            snapshots.upload(self.method.state, used, arrays)
+        except BaseException:  # the device failed half-way: nothing is known about the row's caches
+            found.clear()
+            raise
+        found.take(content)
 
     def logits(self, row: int) -> Array:
         """Logits [V] of a row's last id, from which the next is chosen; the id is run for them.
@@ -423,14 +477,3 @@ def _load(program: Program, constants: Mapping[str, Any]) -> Method:
             "(tokens, past, q_len); load it and pass it instead"
         )
     return program.load_method(names[0])
-
-
-def is_integer(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def token_id(row: int | None, place: int, value: Any, vocabulary: int) -> int:
-    if not is_integer(value) or not 0 <= value < vocabulary:
-        where = "" if row is None else f"row {row}: "
-        raise InputError(f"{where}token {place} is {value!r}, expected an id in [0, {vocabulary:,})")
-    return int(value)

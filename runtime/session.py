@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import secrets
 import weakref
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from . import snapshot as snapshots
+from .arguments import check_sampling, check_source, check_stop_ids, given_ids
 from .buffers import State
 from .decoder import Convention
 from .delegate import KernelTime
@@ -24,6 +24,7 @@ from .program import Program
 from .rings import Rings, find_rings
 from .sampling import GREEDY, Sampling, choose
 from .snapshot import Content, Snapshot, Used
+from .token_ids import is_integer, stop_ids, token_id
 
 Array = np.ndarray[Any, Any]
 
@@ -40,6 +41,7 @@ class Session:
         prefill: str | Method | None = None,
         decode: str | None = None,
     ) -> None:
+        check_source(source)
         if constants is None and isinstance(source, Program):
             constants = source
         self.constants = dict((constants.constants if isinstance(constants, Program) else constants) or {})
@@ -108,12 +110,8 @@ class Session:
 
     @cached_property
     def model_id(self) -> str:
-        """SHA-256 of the methods' graphs, which name their weights by content: equal for equal programs."""
-        found = hashlib.sha256()
-        for method in dict.fromkeys((self.method, self.prefill)):
-            for part in method.plan.delegates:
-                found.update(hashlib.sha256(part.processed).digest())
-        return found.hexdigest()
+        """As `snapshot.model_id`."""
+        return snapshots.model_id(dict.fromkeys((self.method, self.prefill)))
 
     # -- the sequence
 
@@ -152,11 +150,7 @@ class Session:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a text as the program says (constant methods `get_eos_ids`, `get_eos_id`); may be empty."""
-        found: set[int] = set()
-        for name in ("get_eos_ids", "get_eos_id"):
-            value = self.constants.get(name, ())
-            found.update(int(item) for item in (value if isinstance(value, list | tuple) else (value,)))
-        return frozenset(found)
+        return stop_ids(self.constants)
 
     def append_tokens(self, ids: Sequence[int]) -> None:
         """Add ids and run them, in as few calls as the program's sizes allow.
@@ -166,7 +160,8 @@ class Session:
             DeviceError: the GPU failed; the sequence is as it was.
         """
         self._ready()
-        new = [_token(i, value, self.convention.vocabulary) for i, value in enumerate(ids)]
+        given = given_ids("ids", ids)
+        new = [token_id(i, value, self.convention.vocabulary) for i, value in enumerate(given)]
         if not new:
             raise InputError("no tokens to append")
         self._check_room(len(new), f"appending {len(new):,} tokens")
@@ -182,7 +177,8 @@ class Session:
             UnsupportedError: as `rewind_to`.
         """
         self._ready()
-        wanted = [_token(i, value, self.convention.vocabulary) for i, value in enumerate(tokens)]
+        given = given_ids("tokens", tokens)
+        wanted = [token_id(i, value, self.convention.vocabulary) for i, value in enumerate(given)]
         if not wanted:
             raise InputError("a sequence without tokens: reset the generator instead")
         if self.capacity is not None and len(wanted) > self.capacity:
@@ -205,6 +201,8 @@ class Session:
             WebGPUDelegateError: the logits are NaN; the GPU failed. The sequence is as it was.
         """
         self._ready()
+        check_sampling(sampling)
+        stops = check_stop_ids(stop_ids)
         if not self._tokens:
             raise InputError("there is nothing to continue: append the tokens of a prompt first")
         self._check_room(1, "generating a token")
@@ -215,7 +213,7 @@ class Session:
         self._changes += 1
         token = choose(self._logits, sampling, self._seed, len(self._tokens), self._tokens)
         self._tokens.append(token)
-        self._stopped = token in (self.stop_ids if stop_ids is None else stop_ids)
+        self._stopped = token in (self.stop_ids if stops is None else stops)
         return token
 
     def rewind_to(self, length: int) -> None:
@@ -227,8 +225,8 @@ class Session:
                 buffers: not past what they still hold). The sequence is as it was.
         """
         self._ready()
-        if not 0 <= length <= self.length:
-            raise InputError(f"cannot rewind to {length}: the sequence has {self.length} tokens")
+        if not is_integer(length) or not 0 <= length <= self.length:
+            raise InputError(f"cannot rewind to {length!r}: the sequence has {self.length} tokens")
         if length == self.length:
             return
         if length < self._run and length and not self.rewindable:
@@ -484,9 +482,3 @@ class Session:
 def _close(methods: list[Method]) -> None:
     for method in reversed(methods):
         method.close()
-
-
-def _token(place: int, value: Any, vocabulary: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < vocabulary:
-        raise InputError(f"token {place} is {value!r}, expected an id in [0, {vocabulary:,})")
-    return int(value)

@@ -5,9 +5,9 @@ buffers) as a whole.
 
 A session file is a safetensors file: `tokens` i32[n], `logits` f32[V] where those of the last token are known, and
 `state.NAME` for each mutable buffer, in the type in which the device keeps it (a device without f16 keeps f32), a cache
-[B, C, H, D] as [B, rows, H, D]. Its metadata: `format`, `version`, `model` (see `Session.model_id`), `methods`,
-`capacity`, `run` (tokens whose rows are in the state), `seed`, `stopped`, `floor` (see `Content`), and `sha256` of all
-the rest.
+[B, C, H, D] as [B, rows, H, D], or as [1, rows, H, D] where the session is a row of a batch. Its metadata: `format`,
+`version`, `model` (see `model_id`), `methods`, `capacity`, `run` (tokens whose rows are in the state), `seed`,
+`stopped`, `floor` (see `Content`), and `sha256` of all the rest.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import importlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from .buffers import State
 from .device import Device
 from .errors import InputError, UnsupportedError
 from .host import STORAGE
+from .method import Method
 
 Array = np.ndarray[Any, Any]
 FORMAT, VERSION = "executorch-webgpu session", 1
@@ -102,10 +104,12 @@ class Used:
     Attributes:
         rows: the first so many positions of every cache; None: everything of every buffer.
         capacity: positions that a cache has at least; it tells the axis of positions.
+        sequence: the only index of the first axis, that of batch rows, which is in use; None: all are.
     """
 
     rows: int | None
     capacity: int
+    sequence: int | None = None
 
     def axis(self, value: Value) -> int | None:
         """The axis of positions of a cache [B, C, H, D] or [B, H, C, D]; None where it is unknown, or all is in use."""
@@ -117,16 +121,27 @@ class Used:
     def shape(self, value: Value) -> tuple[int, ...]:
         """The shape of the part in use."""
         axis = self.axis(value)
-        full = tuple(_size(value, i) for i in range(len(value.shape)))
-        return full if axis is None or self.rows is None else (*full[:axis], self.rows, *full[axis + 1 :])
+        found = [_size(value, i) for i in range(len(value.shape))]
+        if axis is not None and self.rows is not None:
+            found[axis] = self.rows
+        if self.sequence is not None:
+            found[0] = 1
+        return tuple(found)
+
+    def _cut(self, value: Value) -> int:
+        """The axis from which on elements in use stand together."""
+        return max(self.axis(value) or 0, 0 if self.sequence is None else 1)
+
+    def block(self, value: Value) -> int:
+        """Elements from the beginning of a contiguous piece to that of the next."""
+        return prod(_size(value, i) for i in range(self._cut(value), len(value.shape)))
 
     def runs(self, value: Value) -> Iterator[tuple[int, int]]:
         """(first element, elements) of each contiguous piece in use."""
-        axis, shape = self.axis(value), self.shape(value)
-        full = [_size(value, i) for i in range(len(value.shape))]
-        cut = 0 if axis is None else axis
-        block, used = int(np.prod(full[cut:], dtype=np.int64)), int(np.prod(shape[cut:], dtype=np.int64))
-        for number in range(int(np.prod(full[:cut], dtype=np.int64))):
+        shape, cut, block = self.shape(value), self._cut(value), self.block(value)
+        used, count = prod(shape[cut:]), prod(shape[:cut])
+        first = count * (self.sequence or 0)
+        for number in range(first, first + count):
             if used:
                 yield number * block, used
 
@@ -194,7 +209,7 @@ def _read(device: Device, buffer: Any, pieces: list[tuple[int, int]]) -> bytes:
 
 
 def upload(state: State, used: Used, arrays: Mapping[str, Array]) -> None:
-    """Write what `download` gave."""
+    """Write what `download` gave; what is not in use stays as it was."""
     with state.device.lock:
         for name, buffer in state.buffers().items():
             value = state.values()[name]
@@ -202,7 +217,8 @@ def upload(state: State, used: Used, arrays: Mapping[str, Array]) -> None:
             flat = np.ascontiguousarray(arrays[name]).reshape(-1)
             runs = list(used.runs(value))
             if any((first * kind.itemsize) % 4 or (count * kind.itemsize) % 4 for first, count in runs):
-                whole = np.zeros(buffer.size // kind.itemsize, kind)  # writes are in units of 4 bytes
+                # writes are in units of 4 bytes
+                whole = np.frombuffer(_read(state.device, buffer, [(0, buffer.size)]), kind).copy()
                 _scatter(runs, flat, whole)
                 state.device.write(buffer, whole)
                 continue
@@ -220,6 +236,15 @@ def _scatter(runs: list[tuple[int, int]], flat: Array, whole: Array) -> None:
 
 
 # -- files
+
+
+def model_id(methods: Iterable[Method]) -> str:
+    """SHA-256 of methods' graphs, which name their weights by content: equal for equal programs."""
+    found = hashlib.sha256()
+    for method in methods:
+        for part in method.plan.delegates:
+            found.update(hashlib.sha256(part.processed).digest())
+    return found.hexdigest()
 
 
 def _safetensors(what: str) -> Any:
@@ -284,11 +309,12 @@ class Expected:
     """What a session file must fit.
 
     Attributes:
-        model: as `Session.model_id`.
+        model: see `model_id`.
         capacity: most tokens.
         vocabulary: number of logits.
         state: name -> type of each mutable buffer.
         by_position: whether the buffers are caches of which only rows in use are stored.
+        sequence: the batch row that becomes the session; None: it is no row of a batch.
     """
 
     model: str
@@ -296,6 +322,7 @@ class Expected:
     vocabulary: int
     state: Mapping[str, Value]
     by_position: bool
+    sequence: int | None = None
 
 
 def load(path: str | PathLike[str], expected: Expected, device: Device) -> tuple[Content, dict[str, Array], Used]:
@@ -329,7 +356,7 @@ def load(path: str | PathLike[str], expected: Expected, device: Device) -> tuple
             f"{path}: the session belongs to another model, or to another export of it ({methods}, "
             f"{str(metadata.get('model'))[:12]}; this one is {expected.model[:12]})"
         )
-    used = Used(run if expected.by_position else None, expected.capacity)
+    used = Used(run if expected.by_position else None, expected.capacity, expected.sequence)
     arrays = {name.removeprefix(_PREFIX): array for name, array in tensors.items() if name.startswith(_PREFIX)}
     _check(path, content, arrays, expected, used, device)
     arrays = {

@@ -7,7 +7,7 @@ Where ExecuTorch cannot be installed, TINY_DECODERS names a folder of programs t
 same for one token a call, `build("hugging_face")` that of Hugging Face exports (tokens, position of each), and
 `build("ragged")` that of batches whose rows have lengths of their own (tokens, past, q_len; logits of each row's last
 token), `build("ragged_all")` the same with the logits of every token, `build("ragged_one")` with one row,
-and `build("ragged_int8")` with caches in int8.
+and `build("ragged_int8")` and `build("ragged_int4")` with packed caches (`build("ragged_int8_long")`: of LONG rows).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ STOP = 257
 """Rows of the caches; most tokens a call; the token that the programs name as their end."""
 BATCH = 4
 """Rows of the ragged programs."""
+LONG = 64
+"""Rows of the long ragged program's caches."""
 
 
 class Decoder(torch.nn.Module):
@@ -103,7 +105,7 @@ class Ragged(Decoder):
             self.register_buffer(name, torch.zeros(batch, CAPACITY, KV_HEADS, HEAD))
 
     def forward(self, tokens: torch.Tensor, past: torch.Tensor, q_len: torch.Tensor) -> torch.Tensor:
-        positions = (past[:, None] + torch.arange(tokens.shape[1])).clamp(max=CAPACITY - 1)
+        positions = (past[:, None] + torch.arange(tokens.shape[1])).clamp(max=self.positions.shape[0] - 1)
         x = torch.nn.functional.embedding(tokens, self.embedding)
         x = x + torch.nn.functional.embedding(positions, self.positions)
         q, k, v = (torch.nn.functional.linear(x, weight) for weight in (self.q, self.k, self.v))
@@ -131,12 +133,14 @@ class RaggedOne(Ragged):
 class RaggedInt8(Ragged):
     """Its caches are int8 with a scale for each token and head."""
 
+    DTYPE, BYTES, ROWS = torch.int8, HEAD, CAPACITY
+
     def __init__(self) -> None:
         super().__init__()
         for name in ("k", "v"):
-            shape = (BATCH, CAPACITY, KV_HEADS, HEAD)
-            self.register_buffer(f"{name}_cache", torch.zeros(shape, dtype=torch.int8))
-            self.register_buffer(f"{name}_scales", torch.zeros(*shape[:3], 1))
+            shape = (BATCH, self.ROWS, KV_HEADS)
+            self.register_buffer(f"{name}_cache", torch.zeros(*shape, self.BYTES, dtype=self.DTYPE))
+            self.register_buffer(f"{name}_scales", torch.zeros(*shape, 1))
 
     def attend(self, *given: torch.Tensor) -> torch.Tensor:
         scales = {"key_scales": self.k_scales, "value_scales": self.v_scales}
@@ -144,9 +148,24 @@ class RaggedInt8(Ragged):
         return found
 
 
+class RaggedInt4(RaggedInt8):
+    """Its caches are int4, two codes a byte."""
+
+    DTYPE, BYTES = torch.uint8, HEAD // 2
+
+
+class RaggedInt8Long(RaggedInt8):
+    ROWS = LONG
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = torch.nn.Parameter(torch.randn(LONG, DIM, generator=torch.Generator().manual_seed(9)))
+
+
 _CLASSES: dict[str, type[Decoder]] = {
     "llama": Llama, "static": Static, "hugging_face": HuggingFace, "ragged": Ragged, "ragged_all": RaggedAll,
-    "ragged_one": RaggedOne, "ragged_int8": RaggedInt8,
+    "ragged_one": RaggedOne, "ragged_int8": RaggedInt8, "ragged_int4": RaggedInt4,
+    "ragged_int8_long": RaggedInt8Long,
 }  # fmt: skip
 _RAGGED = {
     "get_max_context_len": CAPACITY, "get_max_seq_len": LONGEST, "get_max_batch_size": BATCH, "get_vocab_size": VOCAB,
@@ -160,6 +179,8 @@ CONSTANTS = {
     "ragged_all": _RAGGED,
     "ragged_one": {**_RAGGED, "get_max_batch_size": 1},
     "ragged_int8": _RAGGED,
+    "ragged_int4": _RAGGED,
+    "ragged_int8_long": {**_RAGGED, "get_max_context_len": LONG},
 }
 """Constant methods by convention; the static program has none, so that its capacity must be found otherwise."""
 

@@ -1,5 +1,5 @@
 // No kernel: how `attention_flash` reads caches of packed integers; appended to it in the place of attention_flash_cells.wgsl, after
-// attention_scales.wgsl. One load is one vec4 column of a row (KSTEP and VSTEP are 1), dequantised on the way to registers.
+// attention_scales.wgsl or attention_scales_zeros.wgsl. One load is one vec4 column of a row (KSTEP and VSTEP are 1), dequantised on the way to registers.
 // Needs: `key`, `value` as words; const BITS (8 or 4).
 
 /// Vec4 column c of the key row that starts at element `row`: the bits of four floats.
@@ -10,7 +10,7 @@ fn key_bits(row: u32, c: u32) -> vec4<u32> {
     } else {
         x = four_nibbles(key[(row >> 3u) + (c >> 1u)] >> ((c & 1u) * 16u));
     }
-    return bitcast<vec4<u32>>(x * key_scale(row));
+    return bitcast<vec4<u32>>(dequantised(x, key_scale(row)));
 }
 
 fn value_bits(row: u32, c: u32) -> vec4<u32> {
@@ -20,5 +20,5 @@ fn value_bits(row: u32, c: u32) -> vec4<u32> {
     } else {
         x = four_nibbles(value[(row >> 3u) + (c >> 1u)] >> ((c & 1u) * 16u));
     }
-    return bitcast<vec4<u32>>(x * value_scale(row));
+    return bitcast<vec4<u32>>(dequantised(x, value_scale(row)));
 }

@@ -14,6 +14,11 @@ fn value_scale(base: u32) -> f32 {
     return value_scales[base / DV];
 }
 
+/// What four codes of a row with such a scale stand for.
+fn dequantised(codes: vec4<f32>, scale: f32) -> vec4<f32> {
+    return codes * scale;
+}
+
 /// The four signed bytes of a word, lowest first.
 fn four_bytes(word: u32) -> vec4<f32> {
     return vec4<f32>(vec4<i32>((vec4<u32>(word) << vec4<u32>(24u, 16u, 8u, 0u))) >> vec4<u32>(24u));

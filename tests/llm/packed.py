@@ -17,7 +17,6 @@ from tests.llm.records import CACHES, Compiled, array
 
 DTYPES = {"int8": torch.int8, "int4": torch.uint8}
 """Name of a kind of cache -> dtype of its tensor."""
-MOST = {"int8": 127, "int4": 7}
 SCALES = ("key_scales", "value_scales")
 
 
@@ -29,8 +28,14 @@ def transform(size: int) -> Array:
 
 def codes_of(x: Array, kind: str) -> tuple[Array, Array]:
     """Vectors x [..., D] as codes [..., D] and scales [..., 1], float64 (scales as float32 holds them)."""
-    y = x @ transform(x.shape[-1]) if kind == "int4" else x
-    scales = np.float64(np.float32(np.abs(y).max(-1, keepdims=True) / MOST[kind]))
+    if kind == "int8":
+        scales = np.float64(np.float32(np.abs(x).max(-1, keepdims=True) / 127))
+        return np.rint(x / np.where(scales == 0, 1, scales)), scales
+    y = x @ transform(x.shape[-1])
+    above, below = (np.maximum(part.max(-1, keepdims=True), 0) for part in (y, -y))
+    # the least positive scale with which no code is beyond -8 and 7, and the least negative one
+    plus, minus = np.maximum(above / 7, below / 8), np.maximum(above / 8, below / 7)
+    scales = np.float64(np.float32(np.where(plus <= minus, plus, -minus)))
     return np.rint(y / np.where(scales == 0, 1, scales)), scales
 
 

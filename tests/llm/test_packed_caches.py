@@ -86,7 +86,7 @@ def check_codes(case: Case, given: dict[str, Any], state: dict[str, Array], kind
             step = np.float64(state[scales][b, at])
             np.testing.assert_allclose(step, codes_of(x, kind)[1], rtol=slack)
             error = np.abs(codes_in(state[name][b, at], kind) * step - y)
-            assert (error <= (0.51 + 100 * slack * case.norm) * step + slack).all()
+            assert (error <= (0.51 + 100 * slack * case.norm) * np.abs(step) + slack).all()
 
 
 def check(case: Case, kind: str, on: str, route: str = "auto") -> list[str]:
@@ -176,20 +176,29 @@ def test_int4_head_sizes(d: int) -> None:
 LIMITS = {"int8": ((0.02, 0.03), (0.01, 0.01)), "int4": ((0.2, 0.3), (0.15, 0.25))}
 """Kind -> (relative root mean square error, largest error) of prompts, and of tokens that follow one."""
 
+NORMAL = 0.5
+"""Standard deviation of normal numbers. The limits of largest errors are absolute; the peers' numbers are below 1/2."""
+
 
 def ramp(shape: tuple[int, ...], modulus: int, offset: int) -> torch.Tensor:
     """The checklist's ramps, ((31 i) % modulus - offset) / 16."""
     return (((31 * torch.arange(int(np.prod(shape)))) % modulus - offset) / 16).reshape(shape)
 
 
+def drawn(data: str, shape: tuple[int, ...], step: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Ramps of `step` (modulus, offset); uniform numbers below 1/2, as the peers' tests have them; or normal ones."""
+    if data == "ramps":
+        return ramp(shape, *step)
+    if data == "uniform":
+        return torch.rand(shape, generator=generator) - 0.5
+    return NORMAL * torch.randn(shape, generator=generator)
+
+
 def filled(data: str, case: Case, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with ramps, or with uniform numbers below 1/2, for query, key and value, and a real rotation."""
-    makers = (("query", 17, 8), ("key", 13, 6), ("value", 11, 5))
+    """The arguments with such numbers for query, key and value, and a real rotation."""
+    steps = {"query": (17, 8), "key": (13, 6), "value": (11, 5)}
     generator = torch.Generator().manual_seed(case.rows)
-    made = given | {
-        n: ramp(given[n].shape, m, o) if data == "ramps" else torch.rand(given[n].shape, generator=generator) - 0.5
-        for n, m, o in makers
-    }
+    made = given | {name: drawn(data, given[name].shape, step, generator) for name, step in steps.items()}
     angle = torch.arange(case.capacity)[:, None] * 10000 ** (-torch.arange(case.rot // 2) / max(1, case.rot // 2))
     return made | ({"cos": angle.cos(), "sin": angle.sin()} if case.rot else {})
 
@@ -201,7 +210,8 @@ def far(got: Array, want: Array, limits: tuple[float, float]) -> None:
 
 
 @pytest.mark.parametrize("rows", [4, 40])
-@pytest.mark.parametrize(("kind", "data"), [("int8", "ramps"), ("int8", "uniform"), ("int4", "uniform")])
+@pytest.mark.parametrize("data", ["ramps", "uniform", "normal"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_I1_I2_a_prompt_and_a_token_against_floats(kind: str, data: str, rows: int) -> None:
     """From empty caches, with rotary embedding, then one token; the prompt's bytes stay."""
     case = Case((0, 0), (rows, rows), rows=rows, capacity=64, d=64, heads=8, kv_heads=2, rot=64)
@@ -217,7 +227,10 @@ def test_I1_I2_a_prompt_and_a_token_against_floats(kind: str, data: str, rows: i
         token = filled(data, one, arguments(one))
         token |= {n: torch.from_numpy(x) for n, x in zip(CACHES, (keys, values), strict=True)}
         want, _, _ = reference(one, token)
-        far(layer(token), want, LIMITS[kind][1])
+        got = layer(token)
+        # the ramps of 41 tokens cancel all but 1/41 of a value: what remains is below the noise of any code of 4 bits
+        if (kind, data, rows) != ("int4", "ramps", 40):
+            far(got, want, LIMITS[kind][1])
         after = layer.state()
     for name, x in before.items():
         np.testing.assert_array_equal(after[name][:, :rows], x[:, :rows])
@@ -229,9 +242,9 @@ def test_I1_I2_a_prompt_and_a_token_against_floats(kind: str, data: str, rows: i
 def test_I3_exact_bytes(kind: str, on: str) -> None:
     """Numbers that are codes already come back as these very codes; in int4, whose transform is sums of integers."""
     case = Case((2,), (3,), rows=3, capacity=8, d=16, heads=2, kv_heads=2)
-    most = 127 if kind == "int8" else 7
-    codes = np.random.default_rng(5).integers(-most, most + 1, (1, 3, 2, 16))
-    codes[..., 0] = most
+    least, most = (-127, 127) if kind == "int8" else (-8, 7)
+    codes = np.random.default_rng(5).integers(least, most + 1, (1, 3, 2, 16))
+    codes[..., 0] = least
     x = codes / 64 @ (transform(16) if kind == "int4" else np.eye(16))
     given = packed(arguments(case), kind)
     given |= {name: torch.from_numpy(x).float() for name in ("key", "value")}
@@ -241,6 +254,37 @@ def test_I3_exact_bytes(kind: str, on: str) -> None:
             np.testing.assert_array_equal(layer.cache(name)[:, 2:5], stored(codes, kind))
         for name in SCALES:
             np.testing.assert_allclose(layer.cache(name)[:, 2:5], 1 / 64, rtol=1e-6)
+
+
+@pytest.mark.parametrize("on", DEVICES)
+@pytest.mark.parametrize("d", [8, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_I3_within_half_a_scale_and_equal_to_the_host(kind: str, d: int, on: str) -> None:
+    """Vectors that reach further above zero, further below, equally far, and only to one side; in int4 the transform's
+    results do. No code is clipped, all codes are those of the eager operator, scales to the last bit but one."""
+    generator = torch.Generator().manual_seed(d)
+    y = torch.rand(1, 12, 2, d, generator=generator) - 0.5
+    y[:, 0:2] = y[:, 0:2].abs()
+    y[:, 2:4] = -y[:, 2:4].abs()
+    for row, ends in ((4, (1.0, -1.0)), (5, (1.0, -0.875)), (6, (0.875, -1.0)), (7, (1.0, -0.9)), (8, (0.9, -1.0))):
+        y[:, row, :, :2] = torch.tensor(ends)
+    x = quantized_cache.hadamard(y) if kind == "int4" else y
+    case = Case((0,), (12,), rows=12, capacity=12, d=d, heads=2, kv_heads=2)
+    given = packed(arguments(case), kind) | {"key": x, "value": -x}
+    with compiled(case, given, on) as layer:
+        layer(given)
+        state = layer.state()
+    for cache, scales, source in zip(CACHES, SCALES, (x, -x), strict=True):
+        codes, wanted = quantized_cache.quantize(source, DTYPES[kind])
+        np.testing.assert_array_equal(state[cache], codes)
+        np.testing.assert_allclose(state[scales], wanted, rtol=2e-7)
+        exact = source.double().numpy()
+        exact = exact @ transform(d) if kind == "int4" else exact
+        step = np.abs(np.float64(state[scales]))
+        assert (np.abs(codes_in(state[cache], kind) * state[scales] - exact) <= 0.501 * step).all()
+        if kind == "int4":
+            far, near = (f(exact.max(-1), -exact.min(-1)) for f in (np.maximum, np.minimum))
+            np.testing.assert_allclose(step[..., 0], np.maximum(far / 8, near / 7), rtol=1e-6)
 
 
 @pytest.mark.parametrize("on", DEVICES)

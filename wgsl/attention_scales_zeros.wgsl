@@ -1,0 +1,29 @@
+// No kernel: as attention_scales.wgsl, for caches whose rows have a zero point beside the scale, f32 [B, C, Hkv, 2]: a code c stands for
+// (c - zero point) * scale. Appended in its place. Needs: const D, DV.
+
+@group(0) @binding(11) var<storage, read> key_scales: array<vec2<f32>>;
+@group(0) @binding(12) var<storage, read> value_scales: array<vec2<f32>>;
+
+/// Scale and zero point of the key row that starts at element `base`.
+fn key_scale(base: u32) -> vec2<f32> {
+    return key_scales[base / D];
+}
+
+fn value_scale(base: u32) -> vec2<f32> {
+    return value_scales[base / DV];
+}
+
+/// What four codes of a row with such a scale stand for.
+fn dequantised(codes: vec4<f32>, scale: vec2<f32>) -> vec4<f32> {
+    return (codes - scale.y) * scale.x;
+}
+
+/// The four signed bytes of a word, lowest first.
+fn four_bytes(word: u32) -> vec4<f32> {
+    return vec4<f32>(vec4<i32>((vec4<u32>(word) << vec4<u32>(24u, 16u, 8u, 0u))) >> vec4<u32>(24u));
+}
+
+/// The four signed half bytes in the low half of a word, lowest first.
+fn four_nibbles(word: u32) -> vec4<f32> {
+    return vec4<f32>(vec4<i32>((vec4<u32>(word) << vec4<u32>(28u, 24u, 20u, 16u))) >> vec4<u32>(28u));
+}
