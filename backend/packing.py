@@ -1,4 +1,4 @@
-"""Packs quantised weights into the words of `ops/packed.py`. numpy only."""
+"""Packs quantised weights, and bfloat16, into the words of `ops/packed.py`. numpy only."""
 
 from __future__ import annotations
 
@@ -56,6 +56,20 @@ def pack(
     if stored_zeros is not None:
         _place(words, 4 * form.cells + form.scale_words, stored_zeros)
     return words, form
+
+
+def pack_bf16(bits: Array) -> tuple[Array, Format]:
+    """Words and format of a matrix of bfloat16.
+
+    Args:
+        bits: [N, K] uint16.
+    Returns:
+        ([N, words] uint32, format): see `ops/packed.py`. The same memory where K is a multiple of eight.
+    """
+    form = Format.bf16(bits.shape[1])
+    if form.k % form.per_cell:
+        bits = np.pad(bits, ((0, 0), (0, 2 * form.words - form.k)))
+    return np.ascontiguousarray(bits).view("<u4"), form
 
 
 def _exact(values: Array, kind: np.dtype[Any], what: str) -> Array:

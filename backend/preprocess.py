@@ -62,15 +62,15 @@ def lower(program: ExportedProgram, specs: Iterable[CompileSpec] = ()) -> Lowere
 
 
 class _Constants(MutableMapping[str, tuple[str, Any]]):
-    """What passes see of the tensors: numpy arrays, bfloat16 as float32 values."""
+    """What passes see of the tensors: numpy arrays on their memory, bfloat16 as its 16 bits."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self._tensors = tensors
 
     def __getitem__(self, key: str) -> tuple[str, Any]:
         tensor = self._tensors[key].detach().cpu().contiguous()
-        wide = tensor.float() if tensor.dtype is torch.bfloat16 else tensor
-        return DTYPES[tensor.dtype], wide.numpy()
+        bits = tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor
+        return DTYPES[tensor.dtype], bits.numpy()
 
     def __setitem__(self, key: str, content: tuple[str, Any]) -> None:
         """Words are kept as int32, which has the same bytes."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from executorch_webgpu.backend.graph import Arg, Dim, Graph, Node, Ref, Sym, SymbolRange, Value
-from executorch_webgpu.backend.passes import Pass, fuse_projections, fuse_rope_cache
+from executorch_webgpu.backend.passes import Pass, fuse_project_cache, fuse_projections, fuse_rope_cache
 from executorch_webgpu.backend.passes.cleanup import remove_unused
 from executorch_webgpu.backend.passes.storage import assign_storage
 from executorch_webgpu.ops.base import Dispatch, check_node
@@ -387,4 +387,5 @@ def decoder(device: Device, sizes: DecoderSizes) -> Loaded:
     last = b.node("aten.select_copy.int", {"self": x, "dim": 1, "index": -1}, kind, (1, sizes.dim))
     logits = linear(norm(last, "norm", (1,)), sizes.vocabulary, sizes.dim, "output", (1,))
     symbols = (SymbolRange(rows, 1, sizes.capacity),)
-    return Loaded(device, b, b.graph(logits, symbols=symbols, passes=(fuse_projections, fuse_rope_cache)))
+    passes = (fuse_projections, fuse_rope_cache, fuse_project_cache)
+    return Loaded(device, b, b.graph(logits, symbols=symbols, passes=passes))

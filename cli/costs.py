@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..backend.graph import Graph, Node, Ref, Sym, evaluate
+from ..backend.graph import Graph, Node, Ref, Sym, evaluate, refs
 from ..ops.base import Limits
 from ..runtime.delegate import KernelTime
 
 _PRODUCTS = {
     "webgpu.project": "input",
+    "webgpu.project_cache": "input",
     "webgpu.linear": "input",
     "webgpu.linear_packed": "input",
     "aten.linear.default": "input",
@@ -23,6 +24,8 @@ _PRODUCTS = {
 """Matrix products, and the argument whose last axis is summed over."""
 _TABLES = ("aten.embedding", "webgpu.embedding", "webgpu.rope", "llama.update_cache", "webgpu.update_cache")
 """Beginnings of operators that touch few rows of what they are given: only what they make is counted, twice."""
+_LITTLE = {"webgpu.project_cache": ("key_cache", "value_cache", "cos", "sin")}
+"""Arguments that a matrix product touches few rows of: they are not counted."""
 _ITEM = {"f16": 2, "f32": 4, "i32": 4, "u32": 4}
 
 
@@ -82,7 +85,8 @@ def node_cost(graph: Graph, node: Node, limits: Limits, free: Callable[[Sym], in
     if node.op.startswith(_TABLES):
         return Cost(2 * made)
     total, rows = made, 1
-    for index in dict.fromkeys(node.inputs()):
+    little = _LITTLE.get(node.op, ())
+    for index in dict.fromkeys(index for name, arg in node.args.items() if name not in little for index in refs(arg)):
         root = graph.values[graph.root(index)]
         if root.kind == "mutable" and len(root.shape) == 4:
             capacity = max(evaluate(dim, free) for dim in root.shape[1:3])
@@ -101,7 +105,11 @@ def node_cost(graph: Graph, node: Node, limits: Limits, free: Callable[[Sym], in
     if isinstance(summed, Ref):
         inner = evaluate(graph.value(summed).shape[-1], free)
         twice = 2 if node.args.get("gated") is True else 1
-        return Cost(total, 2 * inner * twice * sum(numel(index) for index in node.outputs))
+        results = sum(numel(index) for index in node.outputs)
+        if little:  # query is a result, key and value stand in the caches
+            columns = [evaluate(graph.values[index].shape[0], free) for index in refs(node.args["weights"])]
+            results = numel(node.outputs[0]) * sum(columns) // columns[0]
+        return Cost(total, 2 * inner * twice * results)
     return Cost(total)
 
 

@@ -151,6 +151,8 @@ class Lowering:
         self.element_checks: list[ElementCheck] = []
         self._next_scratch = len(graph.values)
         self.node: Node | None = None
+        self.windows: dict[int, tuple[int, int]] = {}
+        self.may_window: Callable[[int, int, int], int | None] = lambda result, source, first: None
 
     def int(self, dim: Dim) -> int:
         """The value of `dim` now; the plan is keyed by the symbols in it."""
@@ -206,6 +208,17 @@ class Lowering:
         self._next_scratch += 1
         self.scratch_values[index] = (dtype, max(count, 1))
         return index
+
+    def window(self, result: Int, source: Int, first: Int) -> bool:
+        """Let a result be the elements of another value from number `first` on, in its buffer. False: it must be
+        written.
+
+        Whoever plans a step says whether it can (`may_window` gives the offset in bytes); by default nobody does.
+        """
+        begin = self.may_window(result, source, first)
+        if begin is not None:
+            self.windows[result] = (self.graph.root(source), begin)
+        return begin is not None
 
     def require(self, dim: Dim, low: Int, high: Int, what: str) -> None:
         """Check low <= dim <= high on the host before every step (InputError otherwise)."""

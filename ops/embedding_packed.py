@@ -1,4 +1,4 @@
-"""`webgpu.embedding_packed`: a lookup in a quantised, packed table (`packed.py`).
+"""`webgpu.embedding_packed`: a lookup in a packed table, quantised or bfloat16 (`packed.py`).
 
 Arguments:
     weight: u32 [V, words].
@@ -56,7 +56,7 @@ def lookup(ctx: Lowering, weight: Ref, indices: Ref, out: Ref, form: Format, fir
         ctx.grid_1d(count, _WORKGROUP),
         consts=form.consts(),
         types={"Out": ctx.wgsl_type(out)},
-        body=wgsl.source("packed_weights"),
+        body=wgsl.source(form.part),
     )
 
 

@@ -29,7 +29,8 @@ class Problem:
 
     Attributes:
         x: [.., M, K]. weights: one, [.., N, K] with `nk`, else [.., K, N]; two where `gated`, [N, K] each:
-            silu(x w0^T) * (x w1^T) + residual. f32 or f16 elements. out: [.., M, N], contiguous.
+            silu(x w0^T) * (x w1^T) + residual. f32 or f16 elements, or bf16 in words (`packed.py`), [N, K], no batch.
+            out: [.., M, N], contiguous.
         m, n, k: sizes of one product, all at least 1.
         sizes: batch sizes, padded with 1 in front.
         x_strides, w_strides, bias_strides: elements per step of each batch index, 0 where broadcast.
@@ -160,8 +161,10 @@ def multiply(ctx: Lowering, p: Problem, choice: Choice | None = None) -> Iterato
     """One dispatch, or two where K is split; K is at least 1."""
     choice = choose(ctx.limits, p) if choice is None else choice
     x_fours, w_columns, n_fours = p.k % 4 == 0, p.k if p.nk else p.n, p.n % 4 == 0
-    w_fours = w_columns % 4 == 0
     weight = p.weights[0].type
+    if weight == "bf16":
+        w_columns = -(-w_columns // 8) * 8  # rows are filled up to 16 bytes
+    w_fours = w_columns % 4 == 0
     w_row = p.format.words if p.format else w_columns // 4 if w_fours else w_columns
     steps = -(-p.k // STEP)
     span = -(-steps // (choice.splits if splittable(p) else 1))

@@ -1,6 +1,7 @@
 """Products of few rows with weights [N, K] on devices with subgroups: gemv_stream.wgsl and gemv_stream_siblings.wgsl.
 
-Weights are 32-bit or 16-bit floats, or packed in 4 or 8 bits (`packed.py`).
+Weights are 32-bit or 16-bit floats (float16, or bfloat16 in words), or packed in 4 or 8 bits (`packed.py`).
+With packed weights, rows up to `MAX_PASSES` go by in passes of one dispatch.
 
 What matrix products and `webgpu.project` have in common: the choice of the sizes of a workgroup, and the dispatch.
 """
@@ -8,11 +9,11 @@ What matrix products and `webgpu.project` have in common: the choice of the size
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from .. import wgsl
-from .base import Dispatch, Limits, Lowering
+from .base import Const, Dispatch, Limits, Lowering, Param
 from .packed import Format
 
 MAX_ROWS = 8
@@ -31,31 +32,41 @@ MANY_ROWS = 4
 """From so many rows of x on, loads of x outweigh those of weights, and four weight rows of a lane share them, where
 there are enough."""
 
-WIDTH = {"f16": 8, "f32": 4}
+WIDTH = {"f16": 8, "bf16": 8, "f32": 4}
 """Elements in 16 bytes."""
-_CELLS = {"f16": "gemv_stream_f16", "f32": "gemv_stream_f32"}
+_CELLS = {kind: f"gemv_stream_{kind}" for kind in WIDTH}
 _COLUMNS = {2: "gemv_stream_columns_2", 4: "gemv_stream_columns_4"}
 _PACKED_COLUMNS = {2: "gemv_stream_packed_2", 4: "gemv_stream_packed_4"}
 _BITS = {4: "gemv_stream_bits_4", 8: "gemv_stream_bits_8"}
-"""Parts of the shaders."""
+SIBLINGS = "gemv_stream_weights"
+"""Parts of the shaders; `SIBLINGS` of those with up to three weights."""
 
 PACKED_SUBGROUP = 8
 """Smallest subgroup for packed weights: so many lanes find the range of the columns of a cell."""
 PACKED_WORKGROUP = 512
-"""Invocations of a workgroup, which share one x in workgroup memory; twice as many where that x is large."""
+"""Invocations of a workgroup, which share one x in workgroup memory; twice as many where that x is large and one
+workgroup fills a multiprocessor anyhow, half as many where a large matrix and few registers let several share one."""
+LEAST_PACKED = 32
+"""Invocations of a workgroup at least, where memory for sums is short or there are few rows of weights."""
 LARGE_X = 16384
-STAGED_BYTES = {1: 28672, 2: 28672, 4: 20480, 8: 40960}
-"""Of workgroup memory for x beside packed weights, by rows of x: workgroups share a multiprocessor up to about 48 KiB
-together."""
+STAGED_BYTES = 36864
+"""Of workgroup memory for x beside packed weights: workgroups share a multiprocessor up to about 48 KiB together."""
 STAGED_SPARE = 6144
 """Of workgroup memory that sums take."""
-_STAGED_CELL = {4: 112, 8: 80}
-"""Bytes of a cell of x there, by bits of a code."""
 PACKED_LOADS = 1 << 18
 """As `GPU_LOADS`, for packed weights, whose cells are more work each."""
-PACKED_WORKGROUPS = 256
-"""Workgroups that keep a large GPU busy: with more, one takes several sets of weight rows for one x."""
-MOST_SETS = 4
+PACKED_WORKGROUPS = 96
+"""Workgroups that keep a large GPU busy."""
+PACKED_LANES = 1 << 17
+"""Invocations that keep it busy with one row of x, half as many with several: where there are more, a workgroup takes
+several sets of weight rows for one x."""
+MOST_SETS = 8
+FEW_ROWS = 2
+"""Rows of x up to which registers are plenty."""
+PASS_ROWS = {2: MAX_ROWS, 3: 5}
+"""Rows of x that a workgroup takes beside packed weights, by digits: with more, too little of x fits its memory."""
+MAX_PASSES = {2: 40, 3: 16}
+"""Rows of x up to which passes over packed weights are faster than tiles (`gemm.py`), by digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +90,8 @@ class Projection:
         bias: [n], of a single weight, or None.
         residual: [m, n], of a single weight or gated, or None.
         formats: of each weight that is packed (`packed.py`), else None; (): no weight is packed.
+        dtype: of what is multiplied, x or the normed x, in the graph, which may store it wider: packed weights cut
+            what has 16 bits there into fewer digits.
     """
 
     x: Tensor
@@ -93,6 +106,12 @@ class Projection:
     bias: Tensor | None = None
     residual: Tensor | None = None
     formats: tuple[Format | None, ...] = ()
+    dtype: str = "f32"
+
+    @property
+    def digits(self) -> int:
+        """Of 8 bits that an element of x has beside packed weights; gemv_stream_packed.wgsl says how exact that is."""
+        return 2 if self.dtype in ("f16", "bf16") else 3
 
     @property
     def format(self) -> Format | None:
@@ -103,13 +122,15 @@ class Projection:
 @dataclass(frozen=True, slots=True)
 class Choice:
     """How work is cut: invocations of a workgroup, lanes that share weight rows, weight rows of a lane, unrolling; of
-    packed weights, sets of weight rows that a lane takes one after the other."""
+    packed weights, sets of weight rows that a lane takes one after the other, and cells of x in workgroup memory at a
+    time, a multiple of lanes * unroll."""
 
     workgroup: int
     lanes: int
     columns: int
     unroll: int
     sets: int = 1
+    chunk: int = 0
 
 
 def fits(limits: Limits, p: Projection) -> bool:
@@ -127,6 +148,11 @@ def fits(limits: Limits, p: Projection) -> bool:
         and p.k % WIDTH[p.weights[0].type] == 0
         and min(p.sizes) > 0
     )
+
+
+def fits_passes(limits: Limits, p: Projection) -> bool:
+    """Whether `stream` takes a product of packed weights with more rows than `fits` allows."""
+    return p.format is not None and p.m <= MAX_PASSES[p.digits] and fits(limits, replace(p, m=min(p.m, MAX_ROWS)))
 
 
 def _fits_packed(limits: Limits, p: Projection, form: Format) -> bool:
@@ -147,7 +173,7 @@ def _power(value: int) -> int:
 
 
 def rows_of(m: int) -> int:
-    """Rows that a kernel variant computes: the smallest of 1, 2, 4, 8 that is at least m."""
+    """Rows that a kernel variant for floats computes: the smallest of 1, 2, 4, 8 that is at least m."""
     return 1 << (m - 1).bit_length()
 
 
@@ -165,26 +191,60 @@ def choose(limits: Limits, p: Projection) -> Choice:
     return Choice(largest, lanes, columns, UNROLL)
 
 
+def _staged(p: Projection, form: Format) -> int:
+    """Bytes of workgroup memory that a cell of all rows of x takes: digits, the unit, the sum where it is needed."""
+    return p.m * (p.digits * form.per_cell + (8 if form.zeros else 4))
+
+
+def packed_memory(p: Projection, form: Format, choice: Choice, meet: int) -> int:
+    """Bytes of workgroup memory of a kernel with packed weights, in which `meet` lanes meet by shuffles."""
+    sums = 4 * p.m * choice.workgroup // meet * (choice.sets * choice.columns + 1)
+    return choice.chunk * _staged(p, form) + sums + (0 if form.zeros else 4)
+
+
 def _choose_packed(limits: Limits, p: Projection, form: Format) -> Choice:
-    total, rows = sum(p.sizes), rows_of(p.m)
-    few = rows < MANY_ROWS  # more rows take more registers, and memory for x: smaller workgroups share it
-    cell = _STAGED_CELL[form.bits] * rows
-    most = _power(min(STAGED_BYTES[rows], limits.max_workgroup_memory - STAGED_SPARE) // cell)  # cells of x at a time
-    largest = _power(min(PACKED_WORKGROUP if few else WORKGROUP, limits.max_invocations))
-    cells = _power(form.cells)
-    lanes = min(32, most, cells)
-    while 2 * lanes <= min(largest, most, cells) and total * lanes < (PACKED_LOADS if few else PACKED_LOADS // 2):
+    total, cell = sum(p.sizes), _staged(p, form)
+    few, short = p.m <= FEW_ROWS, p.digits == 2
+    largest = _power(min(PACKED_WORKGROUP, limits.max_invocations))
+    most = max(min(STAGED_BYTES, limits.max_workgroup_memory - STAGED_SPARE) // cell, 1)  # cells of x at a time
+    longest = min(largest, _power(most), _power(form.cells))
+    lanes = min(32, longest)
+    while 2 * lanes <= longest and total * lanes < (PACKED_LOADS if few else PACKED_LOADS // 2):
         lanes *= 2
-    unroll = 2 if 2 * lanes <= most and form.cells > lanes else 1
-    if few and lanes * unroll * cell > LARGE_X:
-        largest = _power(min(2 * PACKED_WORKGROUP, limits.max_invocations))
-    columns = 4 if total * lanes >= GPU_LOADS else 2
-    sets = 1
-    per_workgroup = largest // lanes * columns // (2 if p.gated else 1)
-    if few and form.cells <= lanes * unroll:
-        while sets < MOST_SETS and max(p.sizes) >= 2 * sets * per_workgroup * PACKED_WORKGROUPS:
-            sets *= 2
-    return Choice(largest, lanes, columns, unroll, sets)
+    alone = few and min(most, form.cells) * cell > LARGE_X  # one workgroup fills a multiprocessor
+    size = _power(min(2 * PACKED_WORKGROUP, limits.max_invocations)) if alone else largest
+    columns = 4 if total * lanes >= (GPU_LOADS if p.m == 1 else 4 * size * PACKED_WORKGROUPS) else 2
+    if columns == 4:
+        size = max(largest // 2, lanes) if short and lanes <= 32 and p.m <= MANY_ROWS else largest
+    while not few and size > max(lanes, LEAST_PACKED) and total * lanes < size * columns * PACKED_WORKGROUPS:
+        size //= 2
+    if not few and columns == 2:  # chunks that all invocations cut at once
+        most = min(most, max(size // (form.per_cell // 4), lanes))
+    twice = not few or (columns == 4 and not short)
+    unroll = 2 if twice and 2 * lanes <= most and form.cells > lanes else 1
+    step = lanes * unroll
+    chunks = -(-form.cells // (most // step * step))
+    chunk = -(-form.cells // (chunks * step)) * step
+    choice = Choice(size, lanes, columns, unroll, 1, chunk)
+    meet = _meet(limits, choice)
+    while (
+        choice.workgroup > max(lanes, LEAST_PACKED)
+        and packed_memory(p, form, choice, meet) > limits.max_workgroup_memory
+    ):
+        choice = replace(choice, workgroup=choice.workgroup // 2)
+    once = max(p.sizes) * lanes // (columns // 2 if p.gated else columns)  # invocations with one set
+    while chunks == 1 and choice.sets < MOST_SETS:
+        more = replace(choice, sets=2 * choice.sets)
+        busy = max(PACKED_LANES if p.m == 1 else PACKED_LANES // 2, PACKED_WORKGROUPS * choice.workgroup)
+        if once < more.sets * busy or packed_memory(p, form, more, meet) > limits.max_workgroup_memory:
+            break
+        choice = more
+    return choice
+
+
+def _meet(limits: Limits, choice: Choice) -> int:
+    """Of the lanes that share weight rows, those that meet by shuffles."""
+    return min(choice.lanes, 32, _power(limits.subgroup_size))
 
 
 @cache
@@ -198,34 +258,59 @@ def _packed_body(columns: int, bits: int) -> str:
     return "\n".join(wgsl.source(name) for name in names)
 
 
-def stream(ctx: Lowering, p: Projection) -> Iterator[Dispatch]:
-    """One dispatch; `fits` holds."""
-    choice = choose(ctx.limits, p)
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """What a product gives to the dispatch of any kernel that runs `stream` of the shaders; results are the kernel's.
+
+    Attributes:
+        columns: of a result that a workgroup makes.
+    """
+
+    columns: int
+    bindings: dict[str, int]
+    params: dict[str, Param]
+    consts: dict[str, Const]
+    types: dict[str, str]
+    body: str
+
+
+def pieces(ctx: Lowering, p: Projection, choice: Choice) -> Pieces:
+    """The parts that the kernels have in common; `fits` holds."""
     form = p.format
     kind = p.weights[0].type
-    meet = min(choice.lanes, 32, _power(ctx.limits.subgroup_size))
-    per_group = choice.workgroup // choice.lanes * choice.columns * choice.sets // (2 if p.gated else 1)
-    groups = [-(-n // per_group) for n in p.sizes]
-    single = len(p.weights) == 1 or p.gated
-    consts: dict[str, int | float | bool] = {
-        "WG": choice.workgroup, "LANES": choice.lanes, "MEET": meet, "COLS": choice.columns, "UNROLL": choice.unroll,
-        "ROWS": rows_of(p.m), "NORM": p.eps is not None, "NORM_WEIGHT": p.norm is not None, "GATED": p.gated,
+    consts: dict[str, Const] = {
+        "WG": choice.workgroup, "LANES": choice.lanes, "MEET": _meet(ctx.limits, choice),
+        "COLS": choice.columns, "UNROLL": choice.unroll, "ROWS": rows_of(p.m) if form is None else p.m,
+        "NORM": p.eps is not None, "NORM_WEIGHT": p.norm is not None, "GATED": p.gated,
     }  # fmt: skip
     types = {"X": f"vec4<{p.x.type}>", "Norm": f"vec4<{'f32' if p.norm is None else p.norm.type}>"}
     bindings = {"x": p.x.id, **{f"w{i}": weight.id for i, weight in enumerate(p.weights)}}
     if p.norm is not None:
         bindings["norm"] = p.norm.id
     row = p.k // WIDTH[kind] if form is None else form.words // 4
-    params = {"m": p.m, "cells": row, "k": float(p.k), "eps": 0.0 if p.eps is None else p.eps}
+    params: dict[str, Param] = {"m": p.m, "cells": row, "k": float(p.k), "eps": 0.0 if p.eps is None else p.eps}
     if form is None:
         body = _body(choice.columns, kind)
     else:
         body = _packed_body(choice.columns, form.bits)
         consts |= {
-            "SETS": choice.sets, "GROUP_CELLS": max(form.group // form.per_cell, 1) if form.groups > 1 else form.cells,
+            "SETS": choice.sets, "CHUNK": choice.chunk, "DIGITS": p.digits,
+            "GROUP_CELLS": max(form.group // form.per_cell, 1) if form.groups > 1 else form.cells,
             "SCALE_WORDS": form.scale_words, "SCALE_F16": form.scale == "f16", "ZEROS": form.zeros,
         }  # fmt: skip
-    if single:
+    columns = choice.workgroup // choice.lanes * choice.columns * choice.sets // (2 if p.gated else 1)
+    return Pieces(columns, bindings, params, consts, types, body)
+
+
+def stream(ctx: Lowering, p: Projection) -> Iterator[Dispatch]:
+    """One dispatch; `fits` or `fits_passes` holds."""
+    passes = 1 if p.format is None else -(-p.m // PASS_ROWS[p.digits])
+    one = replace(p, m=-(-p.m // passes))
+    made = pieces(ctx, one, choose(ctx.limits, one))
+    bindings, types, params = made.bindings, made.types, {**made.params, "m": p.m}
+    consts = {**made.consts, "PASSES": passes}
+    groups = [-(-n // made.columns) for n in p.sizes]
+    if len(p.weights) == 1 or p.gated:
         for name, tensor in (("bias", p.bias), ("residual", p.residual), ("out", p.outs[0])):
             types[name.capitalize()] = "f32" if tensor is None else tensor.type
             if tensor is not None:
@@ -235,10 +320,10 @@ def stream(ctx: Lowering, p: Projection) -> Iterator[Dispatch]:
             "gemv_stream",
             bindings,
             {**params, "n": p.sizes[0], "groups": groups[0]},
-            ctx.fold_grid(groups[0]),
+            ctx.fold_grid(groups[0] * passes),
             consts=consts,
             types=types,
-            body=body,
+            body=made.body,
         )
         return
     ends = [sum(groups[: i + 1]) for i in range(len(groups))]
@@ -248,14 +333,15 @@ def stream(ctx: Lowering, p: Projection) -> Iterator[Dispatch]:
     yield Dispatch(
         "gemv_stream_siblings",
         bindings,
-        {**params, "n": _four(p.sizes), "ends": _four(ends + ends[-1:])},
-        ctx.fold_grid(ends[-1]),
+        {**params, "n": four(p.sizes), "ends": four(ends + ends[-1:])},
+        ctx.fold_grid(ends[-1] * passes),
         consts=consts,
         types=types,
-        body=body,
+        body=wgsl.source(SIBLINGS) + made.body,
     )
 
 
-def _four(values: list[int] | tuple[int, ...]) -> tuple[int, int, int, int]:
+def four(values: list[int] | tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Numbers as a vector of four, filled up with zeros."""
     found = [*values, 0, 0, 0, 0]
     return found[0], found[1], found[2], found[3]

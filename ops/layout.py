@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from math import prod
 
 from ..backend.graph import Arg, Dim, Graph, Node, Ref, Sym
 from .base import Dispatch, Lowering, register
@@ -121,7 +122,11 @@ def part(
 def pick(
     ctx: Lowering, own: Side, out: Side, shape: tuple[int, ...], axis: int, length: int, step: int
 ) -> Iterator[Dispatch]:
-    """Copy `length` elements, `step` apart, of one axis of a row-major tensor of `shape` to a row-major result."""
+    """Copy `length` elements, `step` apart, of one axis of a row-major tensor of `shape` to a row-major result; where
+    they are neighbours in memory, the result may be a window on the tensor instead."""
+    together = prod(shape[:axis]) == 1 and (step == 1 or length == 1)
+    if together and length and own.moving is None and ctx.window(out.value, own.value, own.offset):
+        return
     target = (*shape[:axis], length, *shape[axis + 1 :])
     steps = list(contiguous(shape))
     steps[axis] *= step

@@ -1,4 +1,4 @@
-"""`webgpu.linear_packed`: a linear layer whose weight is quantised and packed (`packed.py`).
+"""`webgpu.linear_packed`: a linear layer whose weight is packed, quantised or bfloat16 (`packed.py`).
 
 Arguments:
     input: [.., K] of any rank from 1; float32, float16 or bfloat16.
@@ -6,25 +6,28 @@ Arguments:
     bias: [N] or None.
     format: `Format.literal()` of the weight.
 
-Result: [.., N], sums in f32 of x times scale * (code - zero), exact but for their order.
+Result: [.., N], sums in f32 of x times scale * (code - zero), or times bfloat16, exact but for their order.
 
-Few rows on a device with subgroups are streamed (`gemv_stream.py`), many go through tiles that dequantise as they
-load (`gemm.py`); gemv_packed.wgsl takes what is left: few rows without subgroups, and groups that no cell is within.
+Few rows on a device with subgroups are streamed (`gemv_stream.py`; x as integers, which where the graph has 16 bits are
+16 times finer than these for the largest of 32 or 16 columns), many go through tiles that dequantise as they load
+(`gemm.py`); gemv_packed.wgsl takes what is left: few rows without subgroups, groups that no cell is within, and
+bfloat16 in rows that are no multiple of eight columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterable, Iterator
 
 from .. import wgsl
 from ..backend.graph import FLOATS, Graph, Node, Ref
 from .base import Dispatch, Lowering, register
 from .gemm import gemm, takes
-from .gemv_stream import MAX_ROWS, Projection, Tensor, fits, stream
-from .packed import format_of, rows_of
+from .gemv_stream import MAX_ROWS, Projection, Tensor, fits, fits_passes, stream
+from .packed import Format, format_of, rows_of
 
 NAME = "webgpu.linear_packed"
+BF16 = "bf16"
+"""What a `Tensor` in words of bfloat16 has for its type: the kernels' parts are named after it."""
 _WORKGROUP = 64
 _LANES = 16
 _BLOCK = 4
@@ -40,6 +43,17 @@ def check_weight(graph: Graph, weight: object, form: object, k: object) -> str |
     except ValueError as error:
         return str(error)
     return f"the input has {k} columns, the weight {found.k}" if isinstance(k, int) and k != found.k else None
+
+
+def weight_tensor(ctx: Lowering, weight: Ref, form: Format | None) -> Tensor:
+    """A weight of a projection, packed or not."""
+    return Tensor(weight.value, BF16 if form is not None and form.floats else ctx.wgsl_type(weight))
+
+
+def quantized(forms: Iterable[Format | None]) -> tuple[Format | None, ...]:
+    """`Projection.formats` of weights: bfloat16 is a type of elements there."""
+    found = tuple(None if form is None or form.floats else form for form in forms)
+    return found if any(form is not None for form in found) else ()
 
 
 def supports(graph: Graph, node: Node) -> str | None:
@@ -70,43 +84,36 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
     def tensor(arg: object) -> Tensor | None:
         return Tensor(arg.value, ctx.wgsl_type(arg)) if isinstance(arg, Ref) else None
 
-    x, weight = tensor(source), tensor(node.args["weight"])
+    x, weight = tensor(source), Ref(ctx.id(node.args["weight"]))
     assert x is not None
-    assert weight is not None
     projection = Projection(
         x,
         ctx.numel(source) // form.k,
         form.k,
-        (weight,),
-        (ctx.shape(node.args["weight"])[0],),
+        (weight_tensor(ctx, weight, form),),
+        (ctx.shape(weight)[0],),
         (Tensor(out.value, ctx.wgsl_type(out)),),
         bias=tensor(node.args.get("bias")),
-        formats=(form,),
+        formats=quantized((form,)),
+        dtype=ctx.dtype(source),
     )
-    yield from product(ctx, projection)
+    yield from product(ctx, projection, form)
 
 
-def product(ctx: Lowering, p: Projection) -> Iterator[Dispatch]:
+def product(ctx: Lowering, p: Projection, form: Format) -> Iterator[Dispatch]:
     """x times one packed weight, by the kernel that suits its sizes; nothing where the result has no elements."""
     if p.m * p.sizes[0] == 0:
         return
-    if fits(ctx.limits, p):
+    if fits(ctx.limits, p) or fits_passes(ctx.limits, p):
         yield from stream(ctx, p)
     elif p.m > MAX_ROWS and takes(p):
         yield from gemm(ctx, p)
     else:
-        yield from gemv(ctx, p)
+        yield from gemv(ctx, p, form)
 
 
-@cache
-def _body() -> str:
-    return wgsl.source("packed_weights")
-
-
-def gemv(ctx: Lowering, p: Projection) -> Iterator[Dispatch]:
+def gemv(ctx: Lowering, p: Projection, form: Format) -> Iterator[Dispatch]:
     """gemv_packed.wgsl, in blocks of rows."""
-    form = p.format
-    assert form is not None
     block = min(1 << (p.m - 1).bit_length(), _BLOCK)
     columns = _WORKGROUP // _LANES
     col_blocks = -(-p.sizes[0] // columns)
@@ -127,7 +134,7 @@ def gemv(ctx: Lowering, p: Projection) -> Iterator[Dispatch]:
             "RESIDUAL": p.residual is not None, **form.consts(),
         },
         types=types,
-        body=_body(),
+        body=wgsl.source(form.part),
     )  # fmt: skip
 
 

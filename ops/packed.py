@@ -1,4 +1,4 @@
-"""Packed weights: integers of 2, 4 or 8 bits with the scales of their groups, in words of 32 bits.
+"""Packed weights: integers of 2, 4 or 8 bits with the scales of their groups, or bfloat16, in words of 32 bits.
 
 A matrix [N, K] is a constant of dtype `u32` and shape [N, words]; what the words mean is a `Format`, which nodes carry
 as a tuple of literals. The value of column k is scale * (u - zero), where u is an unsigned integer of `bits` bits and
@@ -13,6 +13,10 @@ scale and zero are those of group k // group. A row is, in this order:
 filled up to 16 bytes. So lanes that go along K ask for neighbouring 16 bytes, and the scales of neighbouring cells are
 neighbours too; any run of rows is a run of words, so that a matrix can be cut into parts by rows; and a tile of a
 matrix product takes four columns, which lie in one word, with one load.
+
+A row of bfloat16 (16 bits, scale `none`) is its K numbers in their order, the even column of a word low, and zeros up
+to 16 bytes: the upper halves of as many 32-bit floats, which a shift or a mask makes of them. Where K is a multiple of
+eight the words are the bytes of the tensor itself.
 """
 
 from __future__ import annotations
@@ -23,6 +27,10 @@ from ..backend.graph import Arg, Value
 
 BITS = (2, 4, 8)
 SCALES = ("f16", "f32")
+BF16 = 16
+"""Bits of a format of floats."""
+UNSCALED = "none"
+"""Its type of scales."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +39,9 @@ class Format:
 
     Attributes:
         k: columns of the matrix.
-        bits: of a code: 2, 4 or 8.
-        group: columns that share a scale; divides k.
-        scale: type of scales and zeros: f16 or f32.
+        bits: of a code: 2, 4 or 8; 16: the columns are bfloat16.
+        group: columns that share a scale; divides k. k for bfloat16.
+        scale: type of scales and zeros: f16 or f32; none for bfloat16.
         zeros: whether there are zeros.
     """
 
@@ -44,12 +52,26 @@ class Format:
     zeros: bool
 
     def __post_init__(self) -> None:
+        if self.bits == BF16:
+            if self.k < 1 or (self.group, self.scale, self.zeros) != (self.k, UNSCALED, False):
+                raise ValueError(f"{self.k} columns of bfloat16 in groups or with scales or zeros")
+            return
         if self.bits not in BITS:
-            raise ValueError(f"{self.bits} bits; packed weights have 2, 4 or 8")
+            raise ValueError(f"{self.bits} bits; packed weights have 2, 4 or 8, or 16")
         if self.scale not in SCALES:
             raise ValueError(f"scales of type {self.scale}; packed weights have f16 or f32")
         if self.k < 1 or self.group < 1 or self.k % self.group:
             raise ValueError(f"groups of {self.group} do not divide {self.k} columns")
+
+    @staticmethod
+    def bf16(k: int) -> Format:
+        """Rows of k columns of bfloat16."""
+        return Format(k, BF16, k, UNSCALED, False)
+
+    @property
+    def floats(self) -> bool:
+        """Whether the columns are bfloat16: no codes, no scales."""
+        return self.bits == BF16
 
     @property
     def middle(self) -> int:
@@ -73,6 +95,8 @@ class Format:
     @property
     def scale_words(self) -> int:
         """Of the scales of a row, and of its zeros."""
+        if self.floats:
+            return 0
         return -(-self.groups // 2) if self.scale == "f16" else self.groups
 
     @property
@@ -84,8 +108,15 @@ class Format:
         """For a node's arguments."""
         return (self.k, self.bits, self.group, self.scale, self.zeros)
 
+    @property
+    def part(self) -> str:
+        """The part of kernels that read any packed weights, by fours."""
+        return "packed_weights_bf16" if self.floats else "packed_weights"
+
     def consts(self) -> dict[str, int | float | bool]:
         """The constants that shaders which read packed weights share."""
+        if self.floats:
+            return {}
         return {
             "BITS": self.bits, "GROUP": self.group, "CELLS": self.cells, "SCALE_WORDS": self.scale_words,
             "SCALE_F16": self.scale == "f16", "ZEROS": self.zeros,

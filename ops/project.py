@@ -29,9 +29,9 @@ from dataclasses import dataclass, replace
 from ..backend.graph import Arg, Dim, Graph, Node, Ref, Value
 from .base import Dispatch, Lowering, find, register
 from .gemm import gemm, takes
-from .gemv_stream import Projection, Tensor, fits, stream
+from .gemv_stream import Projection, Tensor, fits, fits_passes, stream
 from .linear_packed import NAME as PACKED
-from .linear_packed import check_weight
+from .linear_packed import check_weight, quantized, weight_tensor
 from .matmul import GEMV_M, NAIVE_K
 from .packed import Format, format_of
 
@@ -186,7 +186,7 @@ def projection(ctx: Lowering, node: Node) -> Projection:
         tensor(p.input),
         ctx.numel(p.input) // k if k else 0,
         k,
-        tuple(tensor(weight) for weight in p.weights),
+        tuple(weight_tensor(ctx, weight, form) for weight, form in zip(p.weights, p.formats, strict=True)),
         tuple(ctx.shape(weight)[0] for weight in p.weights),
         tuple(tensor(ctx.out(node, i)) for i in range(len(node.outputs))),
         p.norm_eps,
@@ -194,18 +194,26 @@ def projection(ctx: Lowering, node: Node) -> Projection:
         p.gated,
         optional(p.biases[0]) if len(p.weights) == 1 else None,
         optional(p.residual),
-        p.formats if any(form is not None for form in p.formats) else (),
+        quantized(p.formats),
+        multiplied(ctx, p, ctx.out(node)),
     )
+
+
+def multiplied(ctx: Lowering, p: Parts, result: Ref) -> str:
+    """The dtype in the graph of what is multiplied with the weights: of the input, or of the norm, as `expanded` has
+    it."""
+    return ctx.dtype(p.input if p.norm_eps is None else result)
 
 
 def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
     """See the module's docstring."""
     p, found = parts(node), projection(ctx, node)
     several = len(p.weights) > 1 and any(bias is not None for bias in p.biases)
-    if not several and found.m > GEMV_M and found.k > NAIVE_K and takes(replace(found, eps=None)):
+    streams = fits(ctx.limits, found) or fits_passes(ctx.limits, found)
+    if not streams and not several and found.m > GEMV_M and found.k > NAIVE_K and takes(replace(found, eps=None)):
         yield from _tiled(ctx, node, found)
         return
-    if not fits(ctx.limits, found) or (several and p.gated):
+    if not streams or (several and p.gated):
         yield from _one_by_one(ctx, node)
         return
     if not several:

@@ -22,12 +22,13 @@ to 6 that of attention_merge.wgsl. It is written only where `attention_decode.li
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 
 from .. import wgsl
 from ..backend.graph import Arg, Dim, Graph, Node, Ref, Sym
 from .attention_common import LIMITS_OF_KEYS, Problem, as_bhsd, limit_of, number
-from .attention_decode import SIZES_WORDS, StreamChoice, grids, live_stream
+from .attention_decode import SIZES_WORDS, grids, live_stream
 from .base import Const, Dispatch, Lowering, Param, register
 from .cache import supports_update
 from .copies import Side, copy_all, detached, side
@@ -40,6 +41,8 @@ WORKGROUP = 64
 _TABLE = ("cos", "sin", "start", "rot", "interleaved", "layout")
 _READ = {"query": "query", "key": "key", "value": "value", "cosines": "cos", "sines": "sin"}
 """Shader variable -> argument."""
+POSITIONS = "rope_cache_positions"
+"""The part of a shader that finds rows of tables and caches."""
 _PAIRS = {1: "rope_cache_pairs_1", 4: "rope_cache_pairs_4"}
 """Elements of a unit -> part of the shader."""
 
@@ -120,7 +123,7 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         raise TypeError(f"expected a number of elements, got {rot!r}")
     table = ctx.shape(args["cos"])
     table_rows = prod(table[:-1])
-    _require(ctx, node, rows, capacity, table_rows)
+    require_room(ctx, node, rows, capacity, table_rows)
     yield from copy_all(ctx, _ref(node, "key_cache"), keys)
     yield from copy_all(ctx, _ref(node, "value_cache"), values)
     lengths = args.get("lengths")
@@ -140,14 +143,8 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         batch * rows * v_heads * v_size // v_unit,
     )
     q_groups, k_groups, v_groups = (sum(-(-c // WORKGROUP) for c in counts[: i + 1]) for i in range(3))
-    position = ctx.live(_dim(args["start_pos"]) if lengths is None else 0)
     known: dict[str, Param] = {
-        "start_pos": position,
-        "start": ctx.live(_dim(args.get("start", 0)) if lengths is None else 0),
-        "last": capacity - rows,
-        "rows": rows,
-        "capacity": capacity,
-        "table_rows": table_rows,
+        **positions(ctx, args, rows, capacity, table_rows),
         "heads": heads,
         "kv_heads": kv_heads,
         **dict(zip(("q_count", "k_count", "v_count"), counts, strict=True)),
@@ -163,17 +160,16 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
     }
     if lengths is not None:
         bindings["lengths"] = ctx.id(lengths)
-    kernel, parts, groups = "rope_cache", [PART, "rope_cache_moves", _PAIRS[unit]], v_groups
+    kernel, parts, groups = "rope_cache", [PART, POSITIONS, "rope_cache_moves", _PAIRS[unit]], v_groups
     divided: dict[str, Const] = {}
-    problem = _problem(batch, heads, kv_heads, rows, capacity, size, v_heads, v_size)
-    choice = None if problem is None else live_stream(ctx, {"key": keys, "value": values}, problem)
-    if problem is not None and choice is not None:
+    problem = Problem(batch, heads, kv_heads, rows, capacity, size, v_size)
+    found = live_grids(ctx, args, keys, values, problem, v_heads)
+    if found is not None:
         kernel, groups = "rope_cache_sizes", v_groups + 1
-        parts += [part for part in lengths_parts(lengths is not None) if part != PART]
-        parts += ["attention_rules", "attention_splits"]
+        parts += found.parts
         bindings["sizes"] = sizes.value
-        divided = {"START": position, "SPLITS": choice.splits, "SPLIT_TILE": choice.split_tile}
-        known |= {"v_groups": v_groups, **_split_params(args, problem, choice)}
+        divided = found.consts
+        known |= {"v_groups": v_groups, **found.params}
     kinds = {
         **{letter: ctx.stored_as(read[v].value, read[v].dtype) for letter, v in _LETTERS.items()},
         "QOut": ctx.wgsl_type(rotated),
@@ -208,7 +204,7 @@ _LETTERS = {"Q": "query", "K": "key", "V": "value", "Cos": "cosines", "Sin": "si
 """Element type in the shader -> shader variable."""
 
 
-def _require(ctx: Lowering, node: Node, rows: int, capacity: int, table_rows: int) -> None:
+def require_room(ctx: Lowering, node: Node, rows: int, capacity: int, table_rows: int) -> None:
     """The host checks of `webgpu.rope` and `llama.update_cache`."""
     position = _dim(node.args["start_pos"])
     require_rows(ctx, node, _dim(node.args.get("start", 0)), rows, table_rows)
@@ -229,25 +225,65 @@ def _apart(ctx: Lowering, source: Ref, written: tuple[Ref, ...]) -> tuple[Side, 
     return side(ctx, source), []
 
 
-def _problem(
-    batch: int, heads: int, kv_heads: int, rows: int, capacity: int, d: int, v_heads: int, dv: int
-) -> Problem | None:
-    """The attention that can read these caches; None where none can."""
+def positions(ctx: Lowering, args: Mapping[str, Arg], rows: int, capacity: int, table_rows: int) -> dict[str, Param]:
+    """What rope_cache_positions.wgsl and ragged_rows.wgsl need."""
+    plain = args.get("lengths") is None
+    return {
+        "start_pos": ctx.live(_dim(args["start_pos"]) if plain else 0),
+        "start": ctx.live(_dim(args.get("start", 0)) if plain else 0),
+        "last": capacity - rows,
+        "rows": rows,
+        "capacity": capacity,
+        "table_rows": table_rows,
+    }
+
+
+@dataclass(frozen=True)
+class LiveGrids:
+    """What rope_cache_grids.wgsl needs: parts of the shader in front of it and itself, constants, params."""
+
+    parts: tuple[str, ...]
+    consts: dict[str, Const]
+    params: dict[str, Param]
+
+
+def live_grids(
+    ctx: Lowering, args: Mapping[str, Arg], keys: Ref, values: Ref, problem: Problem, v_heads: int
+) -> LiveGrids | None:
+    """How the grids of the attention that follows are sized; None where they are fixed (`live_stream`).
+
+    Args:
+        keys, values: the new caches.
+        problem: that attention. v_heads: heads of value; others than those of key are no attention's.
+    """
+    heads, kv_heads = problem.heads, problem.kv_heads
     if v_heads != kv_heads or kv_heads == 0 or heads == 0 or heads % kv_heads:
         return None
-    return Problem(batch, heads, kv_heads, rows, capacity, d, dv)
-
-
-def _split_params(args: Mapping[str, Arg], problem: Problem, choice: StreamChoice) -> dict[str, Param]:
-    """What attention_rules.wgsl and attention_splits.wgsl need, and the grids where every split has keys."""
+    choice = live_stream(ctx, {"key": keys, "value": values}, problem)
+    if choice is None:
+        return None
     split, merge = grids(problem, choice)
-    return {
-        "batch": problem.batch,
-        "limit": limit_of(args),
-        "window": int(number(args["window"])),
-        "split_grid": (*split, 0),
-        "merge_grid": (*merge, 0),
-    }
+    return LiveGrids(
+        grid_parts(args),
+        {
+            "START": ctx.live(_dim(args["start_pos"]) if args.get("lengths") is None else 0),
+            "SPLITS": choice.splits,
+            "SPLIT_TILE": choice.split_tile,
+        },
+        {
+            "batch": problem.batch,
+            "limit": limit_of(args),
+            "window": int(number(args["window"])),
+            "split_grid": (*split, 0),
+            "merge_grid": (*merge, 0),
+        },
+    )
+
+
+def grid_parts(args: Mapping[str, Arg]) -> tuple[str, ...]:
+    """The parts of a shader that size grids, but for ragged_rows.wgsl."""
+    before = (part for part in lengths_parts(args.get("lengths") is not None) if part != PART)
+    return (*before, "attention_rules", "attention_splits", "rope_cache_grids")
 
 
 register(NAME, supports=supports, lower=lower, inplace={1: "key_cache", 2: "value_cache"})

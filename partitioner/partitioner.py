@@ -15,9 +15,10 @@ from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner, Partition
 from torch.fx.passes.operator_support import OperatorSupportBase
 
-from ..backend.passes import OPTIONAL, STORE_BF16
+from ..backend.passes import OPTIONAL
+from ..backend.passes.bf16 import NAME as STORE_BF16
 from ..backend.preprocess import BACKEND_ID, DISABLED_PASSES, EXTERNAL_TAG
-from ..backend.translate import op_name, translate
+from ..backend.translate import Translation, op_name, translate
 from ..ops.base import check_node
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,10 @@ KEPT_WHOLE = frozenset(
 
 def unsupported(program: ExportedProgram) -> dict[torch.fx.Node, str]:
     """Every node that the delegate cannot take, with the reason."""
-    translation = translate(program)
+    return _reasons(translate(program))
+
+
+def _reasons(translation: Translation) -> dict[torch.fx.Node, str]:
     reasons = dict(translation.refused)
     for node, index in translation.nodes.items():
         reason = check_node(translation.graph, translation.graph.nodes[index])
@@ -162,7 +166,8 @@ def propose(program: ExportedProgram, reasons: dict[torch.fx.Node, str]) -> list
     """Partitions that give tensors, with mutable state either inside one of them or outside all.
 
     ExecuTorch cannot split a buffer's update from the readers of its new value: such a writer is refused (added to
-    `reasons`) and the partitions are proposed again.
+    `reasons`) and the partitions are proposed again. So are nodes that need a symbol which the whole program's inputs
+    give, but not those of their own partition.
     """
     while True:
         found = CapabilityBasedPartitioner(
@@ -170,10 +175,28 @@ def propose(program: ExportedProgram, reasons: dict[torch.fx.Node, str]) -> list
         ).propose_partitions()
         found = [p for p in found if _gives_tensor(p)]
         where = {node: number for number, p in enumerate(found) for node in p.nodes}
-        split = _split_state(program, where)
-        if not split:
+        refused = _split_state(program, where)
+        if not refused:
+            for part in found:
+                alone = _refused_alone(program, part)
+                refused.update({node: reason for node, reason in alone.items() if node not in reasons})
+        if not refused:
             return found
-        reasons.update(split)
+        reasons.update(refused)
+
+
+def _refused_alone(program: ExportedProgram, part: Partition) -> dict[torch.fx.Node, str]:
+    """The nodes of a partition that cannot be delegated with only what crosses its border, with the reason."""
+    translation = translate(program, part.nodes)
+    refused = {}
+    for node, reason in _reasons(translation).items():
+        # an input that cannot be one is refused through its readers
+        blamed = [node] if node in part.nodes else [user for user in node.users if user in part.nodes]
+        # an item is where its producer is
+        blamed += [n.args[0] for n in blamed if op_name(n.target) == "getitem" and n.args[0] in part.nodes]
+        refused.update(dict.fromkeys(blamed, reason))
+    # what reads a refused node gets another input in the next proposal, and is judged then
+    return {n: why for n, why in refused.items() if not any(source in refused for source in n.all_input_nodes)}
 
 
 def _gives_tensor(part: Partition) -> bool:

@@ -3,68 +3,88 @@ encoded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import wgpu
 
-from ..backend.graph import Dim, Graph, Node, Sym, evaluate
+from ..backend.graph import Dim, Graph, Sym, evaluate
 from ..ops.base import Check, Dispatch, ElementCheck, Live, Lowering, find, viewed, with_node
 from . import native
 from .buffers import LiveTable, Pool, storage_size
 from .device import Device
 from .errors import DeviceError
 from .kernel import Kernel, KernelKey
+from .windows import Windows, followed
 
 ScratchId = tuple[int, int]
 """(node index, value index): a temporary of one node's dispatches."""
+MAX_KEPT = 64
+"""Sizes for which a node's dispatches are kept: about the plans of a delegate."""
 Storage = int | ScratchId
+Bound = tuple[Any, int, int]
+"""(buffer, first byte, bytes from there on)."""
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """What one node became: its dispatches, scratch temporaries (value index -> dtype, count) and host checks."""
+    """What one node became: its dispatches, scratch temporaries (value index -> dtype, count), host checks, and results
+    that are windows (value index -> root in whose buffer, from which byte on)."""
 
     dispatches: tuple[Dispatch, ...]
     scratch: dict[int, tuple[str, int]]
     checks: tuple[Check, ...]
     element_checks: tuple[ElementCheck, ...]
     used: frozenset[Sym]
+    windows: dict[int, tuple[int, int]]
 
 
 class NodeCache:
-    """Lowers nodes; a node is lowered again only when a symbol that it looked at has another value."""
+    """Lowers nodes; a node is lowered again only when a symbol that it looked at has another value.
+
+    What was lowered is kept for the last MAX_KEPT sets of values of each node.
+    """
 
     def __init__(self, graph: Graph, device: Device) -> None:
         self.graph = graph
         self.device = device
+        self.windows = Windows(graph, device)
         self._known: list[dict[tuple[Sym, ...], dict[tuple[int, ...], Lowered]]] = [{} for _ in graph.nodes]
 
     def lower(self, index: int, free: Callable[[Sym], int]) -> Lowered:
         for symbols, results in self._known[index].items():
-            hit = results.get(tuple(free(s) for s in symbols))
+            values = tuple(free(s) for s in symbols)
+            hit = results.pop(values, None)
             if hit is not None:
+                results[values] = hit  # most recently used last
                 return hit
-        made = self._lower(self.graph.nodes[index], free)
+        made = self._lower(index, free)
         symbols = tuple(sorted(made.used, key=str))
-        self._known[index].setdefault(symbols, {})[tuple(free(s) for s in symbols)] = made
+        results = self._known[index].setdefault(symbols, {})
+        results[tuple(free(s) for s in symbols)] = made
+        if len(results) > MAX_KEPT:
+            del results[next(iter(results))]
         return made
 
-    def _lower(self, node: Node, free: Callable[[Sym], int]) -> Lowered:
+    def _lower(self, index: int, free: Callable[[Sym], int]) -> Lowered:
+        node = self.graph.nodes[index]
         op = find(node.op)
         if op is None:
             raise DeviceError(f"{node.name}: the program uses operator {node.op}, which this version has no kernel for")
         ctx = Lowering(self.graph, self.device.limits, free)
         ctx.node = node
+        ctx.may_window = partial(self.windows.offset, index)
         view = self.graph.values[node.outputs[0]].alias is not None and viewed(self.graph, node) is not None
         dispatches = [] if view else [with_node(d, node) for d in op.lower(ctx, node) if 0 not in d.grid]
         for output in node.outputs:  # sizes of results decide buffer sizes, whether a kernel looked at them or not
             for dim in self.graph.values[output].shape:
                 ctx.int(dim)
         return Lowered(
-            tuple(dispatches), ctx.scratch_values, tuple(ctx.checks), tuple(ctx.element_checks), frozenset(ctx.used)
-        )
+            tuple(dispatches), ctx.scratch_values, tuple(ctx.checks), tuple(ctx.element_checks), frozenset(ctx.used),
+            ctx.windows,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +149,8 @@ class Planner:
         Raises:
             DeviceError: a tensor or a kernel does not fit this device; nothing has been submitted then.
         """
-        sizes, last = self._liveness(lowered, free)
+        windows = {result: window for node in lowered for result, window in node.windows.items()}
+        sizes, last = self._liveness(lowered, free, windows)
         slots, slot_sizes = assign(sizes, last)
         taken = self.pool.take(slot_sizes)
         where: dict[Storage, Any] = {storage: taken[slot] for storage, slot in slots.items()}
@@ -143,13 +164,13 @@ class Planner:
         params, offsets, kernels = self._pack(placed)
         launches = []
         for (number, dispatch, window), offset, kernel in zip(placed, offsets, kernels, strict=True):
-            resolve = self._resolver(number, dispatch, where, sizes)
+            resolve = self._resolver(number, dispatch, where, sizes, windows)
             group = self._bind(kernel, dispatch, resolve, params, offset, live_buffer, window)
-            indirect = None if dispatch.indirect is None else resolve(dispatch.indirect)[0]
+            indirect, begin, _ = (None, 0, 0) if dispatch.indirect is None else resolve(dispatch.indirect)
             launches.append(
                 Launch(
                     kernel.pipeline, group, dispatch.grid, indirect, dispatch.node, dispatch.kernel,
-                    4 * dispatch.indirect_word,
+                    begin + 4 * dispatch.indirect_word,
                 )
             )  # fmt: skip
         roots = {i: where[self.graph.root(i)] for i in range(len(self.graph.values)) if self.graph.root(i) in where}
@@ -166,27 +187,35 @@ class Planner:
         )
 
     def _liveness(
-        self, lowered: list[Lowered], free: Callable[[Sym], int]
+        self, lowered: list[Lowered], free: Callable[[Sym], int], windows: Mapping[int, tuple[int, int]]
     ) -> tuple[dict[Storage, int], dict[Storage, tuple[int, int]]]:
-        """Byte sizes, and (first, last) node index, of every pooled storage."""
+        """Byte sizes, and (first, last) node index, of every pooled storage; what is read through a window is alive."""
         graph, end = self.graph, len(self.graph.nodes)
         sizes: dict[Storage, int] = {}
         span: dict[Storage, tuple[int, int]] = {}
 
+        def root(index: int) -> int:
+            return followed(windows, graph.root(index))[0]
+
         def touch(index: int, when: int) -> None:
-            root = graph.root(index)
-            value = graph.values[root]
+            place = root(index)
+            value = graph.values[place]
             if value.kind not in ("temp", "input"):
                 return
             count = 1
             for dim in value.shape:
                 count *= evaluate(dim, free)
-            sizes[root] = storage_size(self.device, graph.storage_dtype(root), count)
-            first, _ = span.get(root, (when, when))
-            span[root] = (first, when)
+            sizes[place] = storage_size(self.device, graph.storage_dtype(place), count)
+            first, _ = span.get(place, (when, when))
+            span[place] = (first, when)
 
+        # an input that nobody reads, but for its size, gets no buffer and is not written (integers: see below)
+        read = {root(index) for node in graph.nodes for index in node.inputs()}
+        read |= {root(output.value) for output in graph.outputs if not isinstance(output, int | Sym)}
+        integers = [index for index in graph.inputs if graph.values[index].dtype in ("i32", "i64")]
         for index in graph.inputs:
-            touch(index, -1)
+            if root(index) in read or index in integers:
+                touch(index, -1)
         for number, node in enumerate(graph.nodes):
             for index in (*node.inputs(), *node.outputs):
                 touch(index, number)
@@ -196,9 +225,8 @@ class Planner:
         for output in graph.outputs:
             if not isinstance(output, int | Sym):
                 touch(output.value, end)
-        for index in graph.inputs:
-            if graph.values[index].dtype in ("i32", "i64"):
-                touch(index, end)  # tokens and positions, which the GPU may write for the next step
+        for index in integers:
+            touch(index, end)  # tokens and positions, which the GPU may write for the next step
         return sizes, span
 
     def _place_live(self, dispatch: Dispatch) -> tuple[Dispatch, int]:
@@ -234,16 +262,24 @@ class Planner:
         return params, offsets, kernels
 
     def _resolver(
-        self, number: int, dispatch: Dispatch, where: dict[Storage, Any], sizes: dict[Storage, int]
-    ) -> Callable[[int], tuple[Any, int]]:
-        def resolve(index: int) -> tuple[Any, int]:
-            storage: Storage = (number, index) if index >= len(self.graph.values) else self.graph.root(index)
+        self,
+        number: int,
+        dispatch: Dispatch,
+        where: dict[Storage, Any],
+        sizes: dict[Storage, int],
+        windows: Mapping[int, tuple[int, int]],
+    ) -> Callable[[int], Bound]:
+        def resolve(index: int) -> Bound:
+            storage: Storage = (number, index)
+            begin = 0
+            if index < len(self.graph.values):
+                storage, begin = followed(windows, self.graph.root(index))
             buffer = where.get(storage)
             if buffer is None:
                 raise DeviceError(
                     f"{dispatch.node}: kernel {dispatch.kernel} is bound to value %{index}, which has no storage"
                 )
-            return buffer, sizes.get(storage, buffer.size)
+            return buffer, begin, sizes.get(storage, buffer.size) - begin
 
         return resolve
 
@@ -251,7 +287,7 @@ class Planner:
         self,
         kernel: Kernel,
         dispatch: Dispatch,
-        resolve: Callable[[int], tuple[Any, int]],
+        resolve: Callable[[int], Bound],
         params: Any,
         offset: int,
         live: Any,
@@ -268,14 +304,14 @@ class Planner:
             elif binding.name == "live":
                 resource = {"buffer": live, "offset": window, "size": 256}
             elif binding.name in dispatch.bindings:
-                buffer, size = resolve(dispatch.bindings[binding.name])
+                buffer, begin, size = resolve(dispatch.bindings[binding.name])
                 if size > self.device.limits.max_binding:
                     raise DeviceError(
                         f"{dispatch.node}: the tensor at {dispatch.kernel}.{binding.name} has {size:,} bytes, but "
                         f"this device binds at most {self.device.limits.max_binding:,} ({self.device.name}); "
                         "use another device or a smaller model"
                     )
-                resource = {"buffer": buffer, "offset": 0, "size": size}
+                resource = {"buffer": buffer, "offset": begin, "size": size}
             elif binding.writes:
                 raise DeviceError(
                     f"{dispatch.node}: {dispatch.kernel}.wgsl writes {binding.name}, but nothing is bound to it"

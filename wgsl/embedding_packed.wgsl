@@ -5,7 +5,7 @@
 // from `first` on.
 //
 // Memory traffic: the codes and scales of the rows asked for, once; the result once. Versions tried: this one only.
-// Appended: packed_weights.wgsl.
+// Appended: packed_weights.wgsl or packed_weights_bf16.wgsl.
 
 @group(0) @binding(0) var<storage, read> w: array<u32>;
 @group(0) @binding(1) var<storage, read> idx: array<i32>;

@@ -15,7 +15,7 @@
 // Traffic: x once for each tile of columns, w once for each tile of rows. Versions tried: docs/KERNELS.md.
 // Unchecked: K is at least 1; rows of x are clamped to the last one, rows (or quads of columns) of w too; k is below K, or with EVEN by
 // construction; what is stored is below M and N; indices of workgroup memory follow from lane < LANES.
-// Appended: gemm_x_f32.wgsl, gemm_x_f16.wgsl or gemm_x_any.wgsl; gemm_weights_f16.wgsl, gemm_weights_f32.wgsl or gemm_weights_any.wgsl;
+// Appended: gemm_x_f32.wgsl, gemm_x_f16.wgsl or gemm_x_any.wgsl; gemm_weights_f16.wgsl, _bf16.wgsl, _f32.wgsl, _packed.wgsl or _any.wgsl;
 // gemm_store_4.wgsl or gemm_store_1.wgsl; gemm_tiles.wgsl.
 
 @group(0) @binding(0) var<storage, read> x: array<XCell>;

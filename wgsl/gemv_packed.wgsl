@@ -1,11 +1,11 @@
-// Few rows times packed weights of any format, on any device: y[m, n] = x[m, :] . w[n, :] + bias[n] + residual[m, n].
+// Few rows times packed weights of any format, bfloat16 too, on any device: y[m, n] = x[m, :] . w[n, :] + bias[n] + residual[m, n].
 //
 // One workgroup: BLOCK rows of x (1, 2 or 4) by COLUMNS columns of the result; LANES invocations share a column, each takes every LANES-th four
 // columns of K, unpacks them once for all BLOCK rows, and keeps sums in f32; sums meet in workgroup memory.
 //
 // Memory traffic: weights once for each block of rows; x once a workgroup, from the caches. Versions tried: this one only; devices with subgroups
 // take gemv_stream.wgsl for groups of whole cells.
-// Appended: packed_weights.wgsl.
+// Appended: packed_weights.wgsl or packed_weights_bf16.wgsl.
 
 @group(0) @binding(0) var<storage, read> x: array<X>;
 @group(0) @binding(1) var<storage, read> w: array<u32>;

@@ -1,5 +1,5 @@
 // No kernel: two rows of packed weights a lane, for `gemv_stream` and `gemv_stream_siblings`; appended to them.
-// Needs: fn raw, scale_of, zero_of, source, codes_of, digits_sum; var partial.
+// For devices with subgroups of at least 8. Needs: fn raw, scale_of, zero_of, source, codes_of, digits_sum; const MEET; var partial.
 
 alias Sums = vec2<f32>;
 
@@ -26,7 +26,19 @@ fn products(c: Decoded, d: Digits) -> Sums {
     return Sums(digits_sum(c.a, d), digits_sum(c.b, d));
 }
 
-fn keep(at: u32, s: Sums) {
-    partial[at] = s.x;
-    partial[at + 1u] = s.y;
+/// Leave the sums of MEET lanes in workgroup memory: after the first shuffle a lane has one row of weights.
+fn meet(slot: u32, s: Sums, lane: u32) {
+    if (MEET == 1u) {
+        partial[slot * COLS] = s.x;
+        partial[slot * COLS + 1u] = s.y;
+        return;
+    }
+    let odd = lane % 2u == 1u;
+    var sum = select(s.x, s.y, odd) + subgroupShuffleXor(select(s.y, s.x, odd), 1u);
+    for (var step = 2u; step < MEET; step *= 2u) {
+        sum += subgroupShuffleXor(sum, step);
+    }
+    if (lane % MEET < COLS) {
+        partial[slot * COLS + lane % COLS] = sum;
+    }
 }

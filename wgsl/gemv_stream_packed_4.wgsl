@@ -1,5 +1,5 @@
 // No kernel: four rows of packed weights a lane, for `gemv_stream` and `gemv_stream_siblings`; appended to them.
-// Needs: fn raw, scale_of, zero_of, source, codes_of, digits_sum; var partial.
+// For devices with subgroups of at least 8. Needs: fn raw, scale_of, zero_of, source, codes_of, digits_sum; const MEET; var partial.
 
 alias Sums = vec4<f32>;
 
@@ -38,9 +38,29 @@ fn products(c: Decoded, d: Digits) -> Sums {
     return Sums(digits_sum(c.a, d), digits_sum(c.b, d), digits_sum(c.c, d), digits_sum(c.d, d));
 }
 
-fn keep(at: u32, s: Sums) {
-    partial[at] = s.x;
-    partial[at + 1u] = s.y;
-    partial[at + 2u] = s.z;
-    partial[at + 3u] = s.w;
+/// Leave the sums of MEET lanes in workgroup memory: after two shuffles a lane has one row of weights.
+fn meet(slot: u32, s: Sums, lane: u32) {
+    if (MEET < COLS) {
+        var sums = s;
+        for (var step = 1u; step < MEET; step *= 2u) {
+            sums += subgroupShuffleXor(sums, step);
+        }
+        if (lane % MEET == 0u) {
+            partial[slot * COLS] = sums.x;
+            partial[slot * COLS + 1u] = sums.y;
+            partial[slot * COLS + 2u] = sums.z;
+            partial[slot * COLS + 3u] = sums.w;
+        }
+        return;
+    }
+    let odd = lane % 2u == 1u;
+    let pair = select(s.xz, s.yw, odd) + subgroupShuffleXor(select(s.yw, s.xz, odd), 1u);
+    let second = lane % 4u > 1u;
+    var sum = select(pair.x, pair.y, second) + subgroupShuffleXor(select(pair.y, pair.x, second), 2u);
+    for (var step = 4u; step < MEET; step *= 2u) {
+        sum += subgroupShuffleXor(sum, step);
+    }
+    if (lane % MEET < COLS) {
+        partial[slot * COLS + lane % COLS] = sum;
+    }
 }

@@ -5,8 +5,9 @@
 //
 // Memory traffic: all weights once; x (and norm) once a workgroup.
 // Unchecked: weight rows are clamped below N_i, rows of x below m, cells are below params.cells; what is stored is below N_i and m.
-// Appended: gemv_stream_sums.wgsl, gemv_stream_columns_<COLS>.wgsl, gemv_stream_f16.wgsl or gemv_stream_f32.wgsl; for packed weights, whose x
-// goes through workgroup memory: gemv_stream_packed.wgsl, gemv_stream_packed_<COLS>.wgsl, gemv_stream_bits_4.wgsl or gemv_stream_bits_8.wgsl.
+// Appended: gemv_stream_weights.wgsl, gemv_stream_sums.wgsl, gemv_stream_columns_<COLS>.wgsl, gemv_stream_f16.wgsl or gemv_stream_f32.wgsl; for
+// packed weights, whose x goes through workgroup memory: gemv_stream_weights.wgsl, gemv_stream_packed.wgsl, gemv_stream_packed_<COLS>.wgsl,
+// gemv_stream_bits_4.wgsl or gemv_stream_bits_8.wgsl.
 
 @group(0) @binding(0) var<storage, read> x: array<X>;
 @group(0) @binding(1) var<storage, read> w0: array<Raw>;
@@ -27,37 +28,17 @@ struct Params {
 }
 @group(0) @binding(8) var<uniform> params: Params;
 
-fn raw(which: u32, at: u32) -> Raw {
-    if (which == 0u) {
-        return w0[at];
-    }
-    if (which == 1u) {
-        return w1[at];
-    }
-    return w2[at];
-}
-
-/// One word of a weight, for packed ones.
-fn raw_word(which: u32, at: u32) -> u32 {
-    if (which == 0u) {
-        return bitcast<u32>(w0[at / 4u][at % 4u]);
-    }
-    if (which == 1u) {
-        return bitcast<u32>(w1[at / 4u][at % 4u]);
-    }
-    return bitcast<u32>(w2[at / 4u][at % 4u]);
-}
-
 @compute @workgroup_size(WG)
 fn main(
     @builtin(workgroup_id) wid: vec3<u32>,
     @builtin(num_workgroups) grid: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let flat = wid.y * grid.x + wid.x;
+    let flat = (wid.y * grid.x + wid.x) / PASSES;
     if (flat >= params.ends.z) {
         return;
     }
+    row0 = (wid.y * grid.x + wid.x) % PASSES * ROWS;
     // three calls, so that each loop has one buffer to read
     var n = params.n.x;
     var first = flat * COLUMNS;
@@ -77,9 +58,9 @@ fn main(
         let row = j / COLUMNS;
         let c = j % COLUMNS;
         let col = first + c;
-        if (row < params.m && col < n) {
+        if (row0 + row < params.m && col < n) {
             let y = met(c / PER, row, c % PER) * factor(c / PER, row);
-            let at = row * n + col;
+            let at = (row0 + row) * n + col;
             if (flat < params.ends.x) {
                 y0[at] = Y0(y);
             } else if (flat < params.ends.y) {

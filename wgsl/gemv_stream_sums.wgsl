@@ -7,6 +7,7 @@ const PER = select(COLS, COLS / 2u, GATED); // columns of the result that LANES 
 const COLUMNS = WG / LANES * PER;
 const SPLIT = LANES / MEET;
 
+var<private> row0: u32; // the first of the ROWS rows of x
 var<workgroup> partial: array<f32, WG / MEET * ROWS * COLS>;
 var<workgroup> squares: array<f32, WG / MEET * ROWS>;
 
@@ -28,7 +29,7 @@ fn begin(first: u32, c: u32, n: u32) -> u32 {
 }
 
 fn x_of(row: u32, i: u32) -> Wide {
-    return x_cell(min(row, params.m - 1u) * params.cells + i);
+    return x_cell(min(row0 + row, params.m - 1u) * params.cells + i);
 }
 
 fn scaled(v: Wide, g: Wide) -> Wide {

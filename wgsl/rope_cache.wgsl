@@ -15,7 +15,7 @@
 // Unchecked: items are below q_count, k_count and v_count; rows written are start_pos .. start_pos + rows - 1 with start_pos in 0 .. last, where
 // last = capacity - rows, or past .. past + new - 1 with new clamped to capacity - past; table rows are clamped to table_rows - 1.
 // Versions tried: this one only.
-// Appended: ragged_rows.wgsl, rope_cache_moves.wgsl, and rope_cache_pairs_1.wgsl or rope_cache_pairs_4.wgsl.
+// Appended: ragged_rows.wgsl, rope_cache_positions.wgsl, rope_cache_moves.wgsl, and rope_cache_pairs_1.wgsl or rope_cache_pairs_4.wgsl.
 @group(0) @binding(0) var<storage, read> query: array<Q>;
 @group(0) @binding(1) var<storage, read> key: array<K>;
 @group(0) @binding(2) var<storage, read> value: array<V>;

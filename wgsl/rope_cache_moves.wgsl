@@ -2,6 +2,7 @@
 // A vector [D] is D / UNIT units: UNIT elements each, 1 or 4. The first ROT elements turn, pair by pair; item i < TURNED turns two units:
 // INTERLEAVED: the units 2i and 2i + 1, which hold UNIT pairs of neighbours; else i and i + TURNED, whose elements pair up. The other units
 // are copied, an item each. Tables have a row of WIDTH elements a position: one for each pair, or (WIDTH = ROT) one for each element.
+// Needs: rope_cache_positions.wgsl.
 
 const TURNED = ROT / 2u / UNIT;
 const UNITS = D / UNIT;
@@ -38,12 +39,7 @@ fn ends_of(i: u32) -> vec2<u32> {
 
 /// (u * cos_u - v * sin_u, v * cos_v + u * sin_v)
 fn rotated(x: Pair, place: Place, item: u32) -> Pair {
-    var first = u32(max(live_value(params.start), 0));
-    if (RAGGED) {
-        first = given_past(place.batch);
-    }
-    let row = min(first + place.position, params.table_rows - 1u);
-    let at_u = row * (WIDTH / UNIT) + item;
+    let at_u = table_row(place.batch, place.position) * (WIDTH / UNIT) + item;
     let at_v = at_u + select(0u, TURNED, WIDTH == ROT);
     let cos_u = Wide(cosines[at_u]);
     let sin_u = Wide(sines[at_u]);
@@ -51,20 +47,6 @@ fn rotated(x: Pair, place: Place, item: u32) -> Pair {
     let sin_v = Wide(sines[at_v]);
     let pair = parted(x);
     return joined(Pair(pair.u * cos_u - pair.v * sin_u, pair.v * cos_v + pair.u * sin_v));
-}
-
-/// Whether nothing of the position is read: it is padding.
-fn is_padding(place: Place) -> bool {
-    return RAGGED && place.position >= given_rows(place.batch);
-}
-
-/// First cache row that is written; negative: none may be, whoever advanced the position past the capacity.
-fn first_row(b: u32) -> i32 {
-    if (RAGGED) {
-        return i32(given_past(b));
-    }
-    let start = live_value(params.start_pos);
-    return select(start, -1, start > params.last);
 }
 
 fn move_query(i: u32) {
@@ -75,7 +57,7 @@ fn move_query(i: u32) {
     let item = i % ITEMS;
     let base = vector * UNITS;
     let place = place_of(vector, params.heads);
-    let padding = is_padding(place);
+    let padding = is_padding(place.batch, place.position);
     if (item >= TURNED) {
         let at = base + TURNED + item;
         if (padding) {
@@ -106,7 +88,7 @@ fn move_key(i: u32) {
     let base = vector * UNITS;
     let place = place_of(vector, params.kv_heads);
     let first = first_row(place.batch);
-    if (first < 0 || is_padding(place)) {
+    if (first < 0 || is_padding(place.batch, place.position)) {
         return;
     }
     let row = place.batch * params.capacity + u32(first) + place.position;
@@ -130,7 +112,7 @@ fn move_value(i: u32) {
     let number = i / params.v_row;
     let place = Place(number / params.rows, number % params.rows, 0u);
     let first = first_row(place.batch);
-    if (first < 0 || is_padding(place)) {
+    if (first < 0 || is_padding(place.batch, place.position)) {
         return;
     }
     let row = place.batch * params.capacity + u32(first) + place.position;

@@ -1,16 +1,10 @@
 // rope_cache.wgsl with one more result: how many workgroups the attention that follows needs for the live length.
-//
-//     sizes[0..2] = grid of attention_stream: (splits that have keys, but at least 1; params.split_grid.yz)
-//     sizes[4..6] = grid of attention_merge: params.merge_grid, or (0, 0, 0) where only one split has keys, and the stream kernel writes the
-//                   result itself
-// of the batch row with most splits.
-//
-// The splits are those of the functions that both kernels use, so that none can be left out. The workgroup after those of rope_cache.wgsl
-// does it; they need not wait for it, nor it for them. For devices that bind more than 8 storage buffers.
+// The workgroup after those of rope_cache.wgsl does it, as rope_cache_grids.wgsl says; they need not wait for it, nor it for them. For devices
+// that bind more than 8 storage buffers.
 // Memory traffic: that of rope_cache.wgsl, and 32 bytes.
 // Unchecked: as rope_cache.wgsl; sizes has 8 elements.
 // Versions tried: this one only.
-// Appended: ragged_rows.wgsl, rope_cache_moves.wgsl, rope_cache_pairs_1.wgsl or rope_cache_pairs_4.wgsl, attention_rules.wgsl, attention_splits.wgsl.
+// Appended: those of rope_cache.wgsl, attention_rules.wgsl, attention_splits.wgsl, rope_cache_grids.wgsl.
 @group(0) @binding(0) var<storage, read> query: array<Q>;
 @group(0) @binding(1) var<storage, read> key: array<K>;
 @group(0) @binding(2) var<storage, read> value: array<V>;
@@ -58,20 +52,7 @@ fn main(
         move_items(group, lane);
         return;
     }
-    if (lane != 0u) {
-        return;
+    if (lane == 0u) {
+        write_sizes();
     }
-    var used = 1u;
-    for (var b = 0u; b < params.batch; b++) {
-        used = max(used, splits_of_row(b, 0u)); // none of an idle batch row
-    }
-    let merge = select(vec4<u32>(), params.merge_grid, used > 1u);
-    sizes[0] = used;
-    sizes[1] = params.split_grid.y;
-    sizes[2] = params.split_grid.z;
-    sizes[3] = 0u;
-    sizes[4] = merge.x;
-    sizes[5] = merge.y;
-    sizes[6] = merge.z;
-    sizes[7] = 0u;
 }

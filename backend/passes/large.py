@@ -2,7 +2,7 @@
 
 The only pass that runs when a program is loaded, because only then the device's limits are known. A constant [N, K] is
 cut along N. A lookup becomes `webgpu.embedding_parts`, which gathers from each part by itself; a linear layer becomes a
-layer for each part whose results are joined (a bias is added after that); a `webgpu.project` with such a weight becomes
+layer for each part whose results are joined (a bias is added after that); a node of `_FUSED` with such a weight becomes
 first the operators that it stands for. Both uses of tied weights share the parts. Rows of packed weights are runs of
 words and are cut in the same way.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...ops import embedding_packed, embedding_parts, linear_packed, project
+from ...ops import embedding_packed, embedding_parts, linear_packed, project, project_cache
 from ..graph import ITEM_SIZE, Arg, Graph, Node, Ref, Value
 from .cleanup import remove_unused
 from .rewrite import Editor
@@ -23,6 +23,8 @@ Size = Callable[[Value], int]
 """Bytes that a stored value takes on the device."""
 
 _LINEAR = ("aten.linear.default", "webgpu.linear", linear_packed.NAME)
+_FUSED = {project.NAME: project.expanded, project_cache.NAME: project_cache.expanded}
+"""Operators that stand for others, of which they have `weights`."""
 _EMBEDDING = ("aten.embedding.default", embedding_packed.NAME)
 _ROWS = 4
 """Parts begin at multiples of this many rows where a part has so many: slices of results are then moved by fours."""
@@ -113,7 +115,7 @@ def _takes_parts(graph: Graph, node: Node, index: int) -> bool:
     if node.op in _LINEAR:
         whole = node.args.get("transposed", True) is True
         return whole and node.args["weight"] == Ref(index) and others.count(index) == 1
-    if node.op == project.NAME:
+    if node.op in _FUSED:
         return others.count(index) == project.parts(node).weights.count(Ref(index))
     return False
 
@@ -131,9 +133,9 @@ class _Splitter(Editor):
         used = [index for index in node.inputs() if index in self._cuts]
         if not used:
             self.nodes.append(node)
-        elif node.op == project.NAME:
+        elif node.op in _FUSED:
             whole = replace(self.graph, values=tuple(self.values))
-            values, nodes = project.expanded(whole, node, len(self.values))
+            values, nodes = _FUSED[node.op](whole, node, len(self.values))
             self.values.extend(values)
             for inner in nodes:
                 self.add(inner)

@@ -30,7 +30,7 @@ from .rewrite import Editor, Links
 
 Array = np.ndarray[Any, Any]
 Constants = MutableMapping[str, tuple[str, Array]]
-"""Data key -> (host dtype, content); bfloat16 as float32 values. What is set is stored with the program."""
+"""Data key -> (host dtype, content); bfloat16 as its 16 bits. What is set is stored with the program."""
 
 _PARAMETRIZED = re.compile(r"\.parametrizations\.(\w+)\.original\d+$")
 """How torch names the parts of a quantised parameter."""
@@ -313,7 +313,10 @@ class _Packer(Editor):
         assert value.data is not None
         if value.data not in self._constants:
             raise QuantizationError(f"{value.name}: the program holds no content for this tensor")
-        return self._constants[value.data][1].reshape(tuple(int(str(size)) for size in value.shape))
+        dtype, array = self._constants[value.data]
+        if dtype == "bf16":
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        return array.reshape(tuple(int(str(size)) for size in value.shape))
 
     def _codes(self, weight: _Weight, bits: int) -> Array:
         """uint8 [N, K], not negative."""

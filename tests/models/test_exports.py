@@ -25,6 +25,8 @@ CASES = [
     ("hf_qwen3_fp32_dynamic_custom", "B", "full"),
     ("hf_llama_fp16_dynamic_plain", "B", "default-limits"),
     ("hf_granite_bf16_dynamic_custom", "B", "full"),
+    ("et_llama3_2_fp16_dynamic_custom_4w", "A", "full"),
+    ("hf_qwen3_fp32_dynamic_custom_8w_e8", "B", "default-limits"),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,14 @@ def exact(net: Net, tokens: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def lowered(net: torch.nn.Module, route: str, rows: int = 12, partitioner: WebGPUPartitioner | None = None) -> bytes:
-    """The `.pte` of a net over a dynamic number of tokens."""
+def lowered(
+    net: torch.nn.Module,
+    route: str,
+    rows: int = 12,
+    partitioner: WebGPUPartitioner | None = None,
+    data: Path | None = None,
+) -> bytes:
+    """The `.pte` of a net over a dynamic number of tokens; external data go to the folder `data`."""
     count = torch.export.Dim("count", min=1, max=rows)
     program = torch.export.export(net, (torch.zeros(1, rows, dtype=torch.int64),), dynamic_shapes=({1: count},))
     program = program.run_decompositions({})
@@ -79,7 +86,10 @@ def lowered(net: torch.nn.Module, route: str, rows: int = 12, partitioner: WebGP
         edge = to_edge(program, compile_config=config).to_backend(part)
     else:
         edge = to_edge_transform_and_lower(program, partitioner=[part], compile_config=config)
-    return bytes(edge.to_executorch().buffer)
+    made = edge.to_executorch()
+    if data is not None:
+        made.write_tensor_data_to_file(str(data))
+    return bytes(made.buffer)
 
 
 def check(net: Net, route: str, on: str, expected: Callable[[torch.Tensor], torch.Tensor] | None = None) -> list[Any]:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from executorch_webgpu.backend.graph import Graph, Ref, Sym, SymbolRange
+from executorch_webgpu.backend.packing import pack_bf16
 from executorch_webgpu.backend.passes.large import part_key, split_large, with_parts
 from executorch_webgpu.ops.base import check_node
+from executorch_webgpu.ops.packed import Format
 from executorch_webgpu.runtime.delegate import Delegate
 from executorch_webgpu.runtime.device import OPTIONAL_FEATURES, Device
 from executorch_webgpu.runtime.errors import DeviceError, InputError, MissingDataError
@@ -166,12 +168,24 @@ def test_a_gated_projection_with_large_weights(name: str) -> None:
     np.testing.assert_allclose(found, gate / (1 + np.exp(-gate)) * up, rtol=1e-5, atol=1e-4)
 
 
+def packed(
+    count: int, width: int, bits: int, scale_type: str = "f16", zeros: bool = False, seed: int = 0
+) -> tuple[np.ndarray[Any, Any], Format, np.ndarray[Any, Any]]:
+    """(words, format, exact values); 16 bits: bfloat16."""
+    if bits == 16:
+        raw, exact = stored("bf16", matrix(count, width, seed))
+        return (*pack_bf16(raw), exact)
+    made = quantized(count, width, bits, 32, scale_type, zeros, seed=seed)
+    return (*made.packed(), made.values)
+
+
 @pytest.mark.parametrize("name", DEVICES)
-@pytest.mark.parametrize(("bits", "scale_type", "zeros"), [(4, "f16", False), (8, "f32", True), (2, "f16", True)])
+@pytest.mark.parametrize(
+    ("bits", "scale_type", "zeros"), [(4, "f16", False), (8, "f32", True), (2, "f16", True), (16, "", False)]
+)
 def test_a_tied_packed_table_in_parts(name: str, bits: int, scale_type: str, zeros: bool) -> None:
     count, width = 1003, 96
-    table = quantized(count, width, bits, 32, scale_type, zeros)
-    words, form = table.packed()
+    words, form, table = packed(count, width, bits, scale_type, zeros)
     b, on = GraphBuilder(), small(name)
     tokens = b.input("i64", (1, ROWS))
     weight = b.stored("constant", "u32", words, "table")
@@ -183,9 +197,62 @@ def test_a_tied_packed_table_in_parts(name: str, bits: int, scale_type: str, zer
     delegate = b.load(graph, on)
     assert sum(v.kind == "constant" for v in delegate.graph.values) == -(-count // (LIMIT // (4 * form.words)))
     rows, logits = (np.asarray(a)[0] for _, a in delegate.execute([("i64", given)]))
-    np.testing.assert_allclose(rows, table.values[given[0]], rtol=1e-6)
-    expected = table.values[given[0]] @ table.values.T
+    np.testing.assert_allclose(rows, table[given[0]], rtol=1e-6)
+    expected = table[given[0]] @ table.T
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize(("rows", "bits", "width"), [(1, 4, 96), (3, 8, 96), (9, 4, 96), (1, 16, 57), (10, 16, 57)])
+def test_a_packed_layer_with_a_bias_in_parts(name: str, rows: int, bits: int, width: int) -> None:
+    on, bias = small(name), matrix(1, 403, 1)[0]
+    words, form, exact = packed(403, width, bits)
+    b = GraphBuilder()
+    args = {
+        "input": b.input("f32", (1, ROWS, width)), "weight": b.stored("constant", "u32", words, "w"),
+        "bias": b.stored("constant", "f32", bias, "b"), "format": form.literal(),
+    }  # fmt: skip
+    graph = b.graph(b.node("webgpu.linear_packed", args, ("f32", (1, ROWS, 403))))
+    given = matrix(rows, width, 2)[None]
+    before = on.memory.by_purpose.get("weights", 0)
+    delegate = b.load(graph, on)
+    assert 0 <= on.memory.by_purpose["weights"] - before - words.nbytes - bias.nbytes < 16 * len(delegate.graph.values)
+    assert sum(value.dtype == "u32" for value in delegate.graph.values) > 1
+    [(_, found)] = delegate.execute([("f32", given)])
+    expected = given.astype(np.float64) @ exact.T + bias
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5 * np.abs(expected).max())
+    delegate.close()
+    delegate.weights.close()
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize(
+    ("rows", "bits", "count", "gated"),
+    [(1, 4, 620, False), (12, 8, 300, False), (2, 16, 300, False), (2, 4, 620, True)],
+)
+def test_a_packed_projection_with_large_weights(name: str, rows: int, bits: int, count: int, gated: bool) -> None:
+    """Three weights of which one is too large; gate and up, both too large, with a residual."""
+    sizes = (count, count) if gated else (count, 16, 30)
+    made = [packed(n, 64, bits, seed=i) for i, n in enumerate(sizes)]
+    b = GraphBuilder()
+    x = b.input("f32", (1, ROWS, 64))
+    args = {
+        "input": x, "biases": None, "norm_eps": 1e-5, "gated": gated,
+        "weights": tuple(b.stored("constant", "u32", words, f"w{i}") for i, (words, _, _) in enumerate(made)),
+        "formats": tuple(form.literal() for _, form, _ in made),
+        "norm_weight": b.stored("constant", "f32", np.linspace(0.5, 1.5, 64, dtype=np.float32), "norm"),
+        "residual": b.input("f32", (1, ROWS, count)) if gated else None,
+    }  # fmt: skip
+    outs = b.node("webgpu.project", args, *(("f32", (1, ROWS, size)) for size in sizes[: 1 if gated else None]))
+    graph = b.graph(*((outs,) if gated else outs))
+    assert made[0][0].nbytes > LIMIT
+    given, added = matrix(rows, 64, 9)[None], matrix(rows, count, 8)[None]
+    found = run(b, graph, small(name), *((given, added) if gated else (given,)))
+    expected = [normed(given) @ exact.T for _, _, exact in made]
+    if gated:
+        expected = [expected[0] / (1 + np.exp(-expected[0])) * expected[1] + added]
+    for want, y in zip(expected, found, strict=True):
+        np.testing.assert_allclose(y, want, rtol=1e-4, atol=2e-5 * np.abs(want).max())
 
 
 # -- where to cut
