@@ -12,16 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from examples.stories.llama import MODEL_DIR, load_settings
 
 if TYPE_CHECKING:
+    from executorch.exir import ExecutorchProgramManager
     from executorch.exir.backend.partitioner import Partitioner
     from executorch.extension.llm.export.builder import LLMEdgeManager
     from torch.export import ExportedProgram
+    from torch.nn import Module
 
 DTYPES = ("fp32", "fp16")
 
@@ -35,6 +37,7 @@ def export_manager(
     use_sdpa_with_kv_cache: bool = True,
     full_logits: bool = False,
     options: dict[str, Any] | None = None,
+    quantize: Callable[[Module], object] | None = None,
 ) -> LLMEdgeManager:
     """Runs ExecuTorch's Llama preparation, ``export()`` and canonical optimisations on a saved model.
 
@@ -46,10 +49,11 @@ def export_manager(
         use_sdpa_with_kv_cache: Emit ExecuTorch's custom cache update and attention ops.
         full_logits: Return logits of every token, [1, seq, vocab], not only of the last one, [1, vocab].
         options: Further settings of ``LlmConfig`` by dotted name, e.g. ``{"quantization.qmode": "8da4w"}``.
+        quantize: Called with the eager model before it is exported, to change its weights in place.
 
     Returns:
-        The manager; ``pre_autograd_graph_module`` holds the graph and ``metadata`` the constant methods
-        (``get_bos_id``, ``get_eos_ids``, ``get_max_seq_len``, ...).
+        The manager; ``model`` is the eager model, ``pre_autograd_graph_module`` holds the graph and ``metadata`` the
+        constant methods (``get_bos_id``, ``get_eos_ids``, ``get_max_seq_len``, ...).
     """
     import torch
     from executorch.examples.models.llama.export_llama_lib import _prepare_for_llama_export
@@ -87,6 +91,8 @@ def export_manager(
         with torch.no_grad():
             for parameter in manager.model.parameters():
                 parameter.data = parameter.data.clone()
+        if quantize is not None:
+            quantize(manager.model)
         manager = manager.export()
         manager.run_canonical_optimizations()
     return manager
@@ -103,18 +109,22 @@ def export_program(dtype: str = "fp32", **settings: Any) -> tuple[ExportedProgra
         The program and its constant methods. Inputs of the program: tokens, int64 [1, seq], and
         ``{"input_pos": int64 [1]}``; output: logits [1, vocab_size] of the last token, float32 or float16.
     """
+    manager = export_manager(dtype, **settings)
+    return exported(manager), dict(manager.metadata)
+
+
+def exported(manager: LLMEdgeManager) -> ExportedProgram:
+    """The program of a manager that `export_manager` gave."""
     import torch
 
-    manager = export_manager(dtype, **settings)
     with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]), torch.no_grad():
-        program = torch.export.export(
+        return torch.export.export(
             manager.pre_autograd_graph_module,
             manager.example_inputs,
             kwargs=manager.example_kwarg_inputs,
             dynamic_shapes=manager.dynamic_shapes,
             strict=True,
         )
-    return program, dict(manager.metadata)
 
 
 def export_to_pte(
@@ -131,28 +141,43 @@ def export_to_pte(
     Returns:
         The path written.
     """
+    lowered = lower(*export_program(dtype, **settings), partitioners)
+    path = Path(path)
+    with path.open("wb") as file:
+        lowered.write_to_file(file)
+    return path
+
+
+def lower(
+    program: ExportedProgram, metadata: dict[str, Any], partitioners: Sequence[Partitioner] = ()
+) -> ExecutorchProgramManager:
+    """Lowers what `export_program` gave.
+
+    Args:
+        program: The program.
+        metadata: Its constant methods.
+        partitioners: Partitioners to delegate with.
+
+    Returns:
+        The lowered program.
+    """
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes import MemoryPlanningPass
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
-    program, metadata = export_program(dtype, **settings)
     edge = to_edge_transform_and_lower(
         program,
         partitioner=list(partitioners),
         constant_methods=metadata,
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
     )
-    lowered = edge.to_executorch(
+    return edge.to_executorch(
         ExecutorchBackendConfig(
             extract_delegate_segments=True,
             memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
             sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
         )
     )
-    path = Path(path)
-    with path.open("wb") as file:
-        lowered.write_to_file(file)
-    return path
 
 
 def main() -> None:
