@@ -45,12 +45,14 @@ class Work:
         """Numbers given are taken as they are; None becomes the default, or less where the capacity is less.
 
         Raises:
-            InputError: more than the program's capacity.
+            InputError: more than the program's capacity, or nothing at all.
         """
         room = decoder.capacity
         prompt = min(PREFILL, room) if prefill is None else prefill
         steps = min(DECODE, max(room - (depth or 0), 0)) if decode is None else decode
         rows = min(DEPTH, max(room - steps, 0)) if depth is None else depth
+        if prompt == steps == 0:
+            raise InputError("--prefill and --decode are both 0: there is nothing to measure")
         if prompt > room:
             raise InputError(f"--prefill {prompt:,}: the program's capacity is {room:,} tokens")
         if rows + steps > room:

@@ -40,6 +40,13 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split())
 
 
+def _new_file(_: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A file to write after a long measurement: what would make that fail is said before."""
+    if value is not None and value != "-" and (Path(value).is_dir() or not Path(value).absolute().parent.is_dir()):
+        raise click.ClickException(f"{param.opts[0]} {value} cannot be written: it is a folder, or in no folder")
+    return value
+
+
 def _debug(command: _Command) -> _Command:
     """Add --debug, which may stand before or after a command's name."""
 
@@ -203,8 +210,14 @@ def _write(text: str) -> None:
     help="Also run llama-bench[=BINARY] (with --gguf) or onnxruntime-genai=FOLDER; may be given again.",
 )
 @click.option("--gguf", metavar="FILE", help="The model for llama-bench.")
-@click.option("--json", "json_file", metavar="FILE", help="Write everything measured as JSON; - for standard output.")
-@click.option("--trace", metavar="FILE", help="Write the profiled calls as a Chrome trace.")
+@click.option(
+    "--json",
+    "json_file",
+    metavar="FILE",
+    callback=_new_file,
+    help="Write everything measured as JSON; - for standard output.",
+)
+@click.option("--trace", metavar="FILE", callback=_new_file, help="Write the profiled calls as a Chrome trace.")
 @click.option("--adapter", metavar="NAME", help="Part of the name of the adapter to use; see `devices`.")
 @_debug
 def bench(
@@ -258,9 +271,9 @@ def bench(
         if json_file == "-":
             click.echo(text)
             return
+        bench_tables.show(console(), report)
         if json_file is not None:
             Path(json_file).write_text(f"{text}\n", encoding="utf-8")
-        bench_tables.show(console(), report)
 
 
 @cli.command()

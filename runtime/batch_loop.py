@@ -122,6 +122,7 @@ class BatchLoop:
         past = [0 if piece is None else piece.past for piece in rows]
         return self.whole.order([to_host(array) for array in self.convention.inputs(ids, past, size)])
 
+    @locked
     def _prepare(self, size: int) -> _Step:
         """The step of `size` tokens a row, bound to the buffers of now."""
         step = self._steps.get(size)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .arguments import check_count, check_sampling, check_stop_ids, given_ids
 from .buffers import State
 from .errors import InputError, UnsupportedError, WebGPUDelegateError
 from .method import Method
@@ -93,7 +94,8 @@ class Generator(Session):
         decode: name of the method for single tokens.
     Raises:
         UnsupportedError: a method is no decoder, and names its inputs; two methods do not keep the same state.
-        InputError: steps_per_submit is negative; it is not clear which methods to use; something was closed.
+        InputError: steps_per_submit is no integer of at least 0; it is not clear which methods to use; something was
+            closed.
         MissingDataError, DeviceError: as `Program.load_method`.
     """
 
@@ -107,9 +109,7 @@ class Generator(Session):
         prefill: str | Method | None = None,
         decode: str | None = None,
     ) -> None:
-        if steps_per_submit is not None and steps_per_submit < 0:
-            raise InputError(f"steps_per_submit is {steps_per_submit}, expected at least 0, or None")
-        self.steps_per_submit = steps_per_submit
+        self.steps_per_submit = check_count("steps_per_submit", steps_per_submit)
         super().__init__(source, constants, state=state, prefill=prefill, decode=decode)
 
     def _begin(self, step: Part, first: Part, opened: list[Method]) -> None:
@@ -178,6 +178,7 @@ class Generator(Session):
             InputError, UnsupportedError, DeviceError: as `stream`.
         """
         began = time.perf_counter()
+        prompt_ids = given_ids("prompt_ids", prompt_ids)
         steps, speculator = self._start(prompt_ids, max_new_tokens, stop_ids, sampling, speculate)
         base, first, reason = self.length, 0.0, ""
         self.largest_submit = 1
@@ -210,8 +211,9 @@ class Generator(Session):
         sampling: Sampling,
         speculate: Drafter | None,
     ) -> tuple[abc.Generator[int, None, str], Speculator | None]:
-        if max_new_tokens is not None and max_new_tokens < 0:
-            raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 0")
+        max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+        prompt_ids, stop_ids = given_ids("prompt_ids", prompt_ids), check_stop_ids(stop_ids)
+        check_sampling(sampling)
         if max_new_tokens is None and self.capacity is None:
             raise InputError("the program does not say how many tokens it takes: give max_new_tokens")
         self._ready()
@@ -222,7 +224,7 @@ class Generator(Session):
             self.append_tokens(prompt_ids)
         elif not self._tokens:
             raise InputError("there is nothing to continue: the prompt has no tokens")
-        stops = self.stop_ids if stop_ids is None else frozenset(stop_ids)
+        stops = self.stop_ids if stop_ids is None else stop_ids
         return self._steps(max_new_tokens, stops, sampling, speculator), speculator
 
     def _steps(

@@ -77,8 +77,13 @@ def find_methods(program: Program, prefill: str | None = None, decode: str | Non
     takes more.
 
     Raises:
-        InputError: several methods would do; says which.
+        InputError: several methods would do, or there is none of a given name; says which there are.
     """
+    for role, given in (("prefill", prefill), ("decode", decode)):
+        if given is not None and given not in program.method_names:
+            raise InputError(
+                f"{role} is {given!r}; the program has the methods {', '.join(sorted(program.method_names))}"
+            )
     sizes: dict[str, int] = {}
     for name in sorted(program.method_names - set(program.constants)):
         try:

@@ -43,6 +43,7 @@ class Replay:
         self._plan: Plan | None = None
         self.plan()
 
+    @locked
     def plan(self) -> Plan:
         """The plan, bound to the buffers of now.
 

@@ -125,15 +125,17 @@ class Resident:
     @classmethod
     def of(cls, whole: Whole, convention: Convention, capacity: int) -> Resident:
         """The one that was made before for the same delegate, or a new one."""
-        found = whole.delegate.companion
-        if isinstance(found, cls) and (found.whole, found.convention, found.capacity) == (whole, convention, capacity):
-            return found
-        if found is not None:
-            found.close()
-        whole.delegate.companion = None
-        made = cls(whole, convention, capacity)
-        whole.delegate.companion = made
-        return made
+        with whole.delegate.device.lock:
+            found = whole.delegate.companion
+            known = (whole, convention, capacity)
+            if isinstance(found, cls) and (found.whole, found.convention, found.capacity) == known:
+                return found
+            if found is not None:
+                found.close()
+            whole.delegate.companion = None
+            made = cls(whole, convention, capacity)
+            whole.delegate.companion = made
+            return made
 
     def __init__(self, whole: Whole, convention: Convention, capacity: int) -> None:
         self.delegate = whole.delegate
@@ -161,6 +163,7 @@ class Resident:
 
     # -- what a plan is bound to
 
+    @locked
     def _prepare(self) -> Plan:
         """The step's plan; a chooser bound to its buffers."""
         plan = self._replay.plan()

@@ -64,6 +64,11 @@ class Sampling:
         )
         good_seed = self.seed is None or (_integer(self.seed) and 0 <= self.seed < 2**64)
         require(good_seed, "seed", "an integer in [0, 2**64), or None")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):  # numpy's scalars behave otherwise
+            object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("top_k", "seed"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, int(getattr(self, name)))
 
     @property
     def greedy(self) -> bool:
@@ -72,11 +77,16 @@ class Sampling:
 
 
 def _real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 GREEDY = Sampling()

@@ -211,6 +211,9 @@ def test_steps_on_the_gpu_and_on_the_host_choose_the_same(model: str) -> None:
         (("--random-weights", "--adapter", "no such card"), "no adapter's name contains 'no such card'"),
         (("--random-weights", "--compare", "vllm"), "no peer is called 'vllm'; there are llama-bench, onnx"),
         (("--random-weights", "--compare", "llama-bench"), "--compare llama-bench needs --gguf FILE"),
+        (("--random-weights", "--json", "/no/such/folder/x.json"), "/no/such/folder/x.json cannot be written"),
+        (("--random-weights", "--trace", "/"), "/ cannot be written: it is a folder"),
+        (("--random-weights", "--prefill", "0", "--decode", "0"), "both 0: there is nothing to measure"),
         (("--random-weights", "--compare", "onnxruntime-genai"), "name the folder with the model's genai_config.json"),
     ],
 )  # fmt: skip
