@@ -21,44 +21,51 @@ class Symbols:
 
     def __init__(self) -> None:
         self._known: dict[sympy.Symbol, Dim] = {}
+        self._given: dict[sympy.Expr, Dim] = {}
 
     def define_inputs(self, shapes: Iterable[tuple[int, Iterable[Any]]]) -> None:
-        """Learn symbols from inputs.
+        """Learn symbols from inputs, as `define`.
 
         Args:
-            shapes: (input position, sizes). A size that is one symbol defines it; an expression with one unknown
-            symbol that
-                occurs linearly is solved for it after all plain ones.
+            shapes: (input position, sizes).
         """
-        linear: list[tuple[sympy.Expr, Sym]] = []
-        for position, sizes in shapes:
-            for axis, size in enumerate(sizes):
-                if isinstance(size, torch.SymInt):
-                    expr = size.node.expr
-                    here = Sym("input_dim", (position, axis))
-                    if isinstance(expr, sympy.Symbol):
-                        self._known.setdefault(expr, here)
-                    elif not expr.is_Integer:
-                        linear.append((expr, here))
-        for expr, here in linear:
-            self._solve(expr, here)
+        found = [
+            (size.node.expr, Sym("input_dim", (position, axis)))
+            for position, sizes in shapes
+            for axis, size in enumerate(sizes)
+            if isinstance(size, torch.SymInt)
+        ]
+        for expr, here in sorted(found, key=lambda pair: not isinstance(pair[0], sympy.Symbol)):  # plain symbols first
+            self.define(expr, here)
 
-    def _solve(self, expr: sympy.Expr, here: Sym) -> None:
+    def define(self, expr: Any, dim: Dim) -> None:
+        """Say what a size or an integer of the program is: a size of an input, an `item()` result, a SymInt input.
+
+        A plain symbol is then known. An expression is known as a whole, and solved for its only unknown symbol if that
+        occurs linearly: what crosses the border of a delegate may be `s - 1` while its nodes need `s`.
+        """
+        if isinstance(expr, sympy.Symbol):
+            self._known.setdefault(expr, dim)
+        elif isinstance(expr, sympy.Expr) and not expr.is_Integer:
+            self._given.setdefault(expr, dim)
+        while any(self._solve(given, here) for given, here in self._given.items()):
+            pass  # what was solved may leave another expression with one unknown
+
+    def _solve(self, expr: sympy.Expr, here: Dim) -> bool:
+        """Whether the expression gave a symbol that was unknown."""
         unknown = [s for s in expr.free_symbols if s not in self._known]
         if len(unknown) != 1:
-            return
+            return False
         symbol = unknown[0]
         slope = sympy.diff(expr, symbol) if expr.is_polynomial(symbol) else None
         if slope is None or not slope.is_Integer or slope == 0:
-            return
-        rest = self.dim(sympy.expand(expr - slope * symbol))
+            return False
+        try:
+            rest = self.dim(sympy.expand(expr - slope * symbol))
+        except Unresolved:
+            return False
         self._known[symbol] = make_dim("floordiv", make_dim("sub", here, rest), int(slope))
-
-    def define(self, expr: Any, dim: Dim) -> None:
-        """Say what an integer of the program (an `item()` result, a SymInt input) is; plain symbols only, others are
-        ignored."""
-        if isinstance(expr, sympy.Symbol):
-            self._known.setdefault(expr, dim)
+        return True
 
     def of(self, value: int | torch.SymInt) -> Dim:
         """The `Dim` of an int or SymInt. Raises Unresolved."""
@@ -72,6 +79,8 @@ class Symbols:
             if expr not in self._known:
                 raise Unresolved(f"symbol {expr} is given by no input")
             return self._known[expr]
+        if expr in self._given and not expr.free_symbols <= self._known.keys():
+            return self._given[expr]
         args = expr.args
         if isinstance(expr, sympy.Add):
             return self._fold("add", args)

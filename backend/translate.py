@@ -7,7 +7,7 @@ by `preprocess`, on the subgraph that a delegate got.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,14 +116,20 @@ def stored_tensor(program: ExportedProgram, node: torch.fx.Node) -> torch.Tensor
     return None
 
 
-def translate(program: ExportedProgram) -> Translation:
-    """Translate every node; what cannot be translated is listed in `refused` with the reason."""
-    return _Translator(program).run()
+def translate(program: ExportedProgram, part: Collection[torch.fx.Node] | None = None) -> Translation:
+    """Translate every node; what cannot be translated is listed in `refused` with the reason.
+
+    Args:
+        part: only these nodes, as if they were a delegate: what they read of the others are its inputs. The graph has
+            no outputs then; what leaves the part is translated for its refusals, those of inputs among them.
+    """
+    return _Translator(program, part).run()
 
 
 class _Translator:
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, part: Collection[torch.fx.Node] | None = None) -> None:
         self.program = program
+        self.part = part
         self.values: list[Value] = []
         self.nodes: list[Node] = []
         self.inputs: list[int] = []
@@ -136,6 +142,8 @@ class _Translator:
     def run(self) -> Translation:
         self._placeholders()
         for node in self.program.graph.nodes:
+            if self.part is not None and node not in self.part:
+                continue
             if node.op == "call_function":
                 try:
                     self._call(node)
@@ -143,7 +151,7 @@ class _Translator:
                     self._refuse(node, str(error))
             elif node.op == "get_attr":
                 self.result.refused[node] = "a sub-module (control flow or another delegate)"
-        outputs, mutations = self._outputs()
+        outputs, mutations = self._outputs() if self.part is None else self._leaving(self.part)
         ranges = self.symbols.ranges(self.program.range_constraints)
         self.result.graph = Graph(tuple(self.values), tuple(self.nodes), tuple(self.inputs), outputs, mutations, ranges)
         return self.result
@@ -181,10 +189,10 @@ class _Translator:
         specs = {spec.arg.name: spec for spec in signature.input_specs}
         user: list[torch.fx.Node] = []
         for node in self.program.graph.nodes:
-            if node.op != "placeholder":
+            if not self._is_input(node):
                 continue
-            spec = specs[node.name]
-            if spec.kind == InputKind.USER_INPUT:
+            spec = specs.get(node.name)
+            if spec is None or spec.kind == InputKind.USER_INPUT:
                 user.append(node)
                 continue
             tensor = stored_tensor(self.program, node)
@@ -200,6 +208,12 @@ class _Translator:
         )
         for position, node in enumerate(user):
             self._user_input(position, node)
+
+    def _is_input(self, node: torch.fx.Node) -> bool:
+        """Whether a node is a placeholder of what is translated."""
+        if self.part is None:
+            return bool(node.op == "placeholder")
+        return node not in self.part and any(user in self.part for user in node.users)
 
     def _stored(self, node: torch.fx.Node, kind: str, name: str, tensor: torch.Tensor) -> None:
         if tensor.dtype not in DTYPES:
@@ -446,6 +460,15 @@ class _Translator:
             else:
                 outputs.append(0 if found is None else found)
         return tuple(outputs), tuple(mutations)
+
+    def _leaving(self, part: Collection[torch.fx.Node]) -> tuple[tuple[()], tuple[()]]:
+        """Look whether what others read of a part can be its outputs."""
+        for node in part:
+            value = node.meta.get("val")
+            is_output = any(user not in part for user in node.users)
+            if is_output and (isinstance(value, torch.Tensor) or _is_symbolic(value)):
+                self._output(node)
+        return (), ()
 
     def _output(self, result: Any) -> Ref | int | Sym | None:
         if isinstance(result, torch.fx.Node):

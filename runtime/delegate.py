@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from . import native
 from .buffers import DataSource, State, Weights
 from .device import Device
 from .errors import DeviceError, InputError
-from .host import STORAGE, from_storage, to_storage
+from .host import STORAGE, to_storage
+from .labels import InputLabels
+from .output_parts import OutputPart
 from .plan import Plan, Planner
 from .upload import check_size, static_numel
 from .workspace import Workspace, locked
@@ -33,34 +35,6 @@ class KernelTime:
     kernel: str
     nanoseconds: int
     begin: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """The bytes `start` to `end` of an output's buffer, and where they stand among all that is read back."""
-
-    dtype: str
-    kind: str
-    shape: tuple[int, ...]
-    buffer: Any
-    start: int
-    end: int
-    offset: int
-
-    @property
-    def first(self) -> int:
-        """Where the copy begins: copies are in units of 4 bytes."""
-        return self.start // 4 * 4
-
-    @property
-    def size(self) -> int:
-        """Bytes copied."""
-        return -(-self.end // 4) * 4 - self.first
-
-    def read(self, data: memoryview) -> HostArray:
-        """The output, from all that was read back."""
-        begin = self.offset + self.start - self.first
-        return from_storage(self.dtype, data[begin : begin + self.end - self.start], self.kind, self.shape)
 
 
 class Delegate:
@@ -93,6 +67,7 @@ class Delegate:
             _check_data(graph, source, weights)
             graph = split_large(graph, _largest(device), lambda value: _stored_size(device, value))
         self.graph = graph
+        self.labels = InputLabels(graph)
         self.device = device
         self.source = with_parts(source)
         self.weights = weights
@@ -106,7 +81,9 @@ class Delegate:
         self.companion: Any = None
         """What decodes with this on the GPU (`resident.Resident`), kept for the next generator, freed with it."""
         self._plans: dict[tuple[int, ...], Plan] = {}
-        self._key_symbols: tuple[Sym, ...] = ()
+        sizes = (symbol for index in graph.inputs for dim in graph.values[index].shape for symbol in free_symbols(dim))
+        self._key_symbols: tuple[Sym, ...] = tuple(sorted(set(sizes), key=str))
+        """What plans depend on: sizes of inputs, and what lowering nodes looked at."""
         self._ranges = {r.symbol: r for r in graph.symbols}
         self._symbols: tuple[Sym, ...] = tuple(self._collect_symbols()) if like is None else like._symbols
         if like is None:
@@ -189,18 +166,18 @@ class Delegate:
                 expected = evaluate(dim, free)
                 if expected != array.shape[axis]:
                     raise InputError(
-                        f"input {position} ({value.name}): size {array.shape[axis]} at axis {axis}, expected {expected}"
-                        + (f" (= {dim})" if isinstance(dim, Sym) else "")
+                        f"{self.labels.of(position)}: size {array.shape[axis]} at axis {axis}, expected {expected}"
+                        + (f" (= {self.labels.named(dim)})" if isinstance(dim, Sym) else "")
                     )
         return env
 
     def _check_type(self, position: int, value: Value, dtype: str, array: HostArray) -> None:
         wanted = "i64" if value.kind == "symint" else value.dtype
         if dtype != wanted:
-            raise InputError(f"input {position} ({value.name}): dtype {dtype}, expected {wanted}")
+            raise InputError(f"{self.labels.of(position)}: dtype {dtype}, expected {wanted}")
         if array.ndim != len(value.shape):
             raise InputError(
-                f"input {position} ({value.name}): rank {array.ndim} with shape {list(array.shape)}, "
+                f"{self.labels.of(position)}: rank {array.ndim} with shape {list(array.shape)}, "
                 f"expected rank {len(value.shape)}"
             )
 
@@ -210,7 +187,9 @@ class Delegate:
         element = evaluate(symbol.args[1], free)
         array = inputs[position][1].reshape(-1)
         if not 0 <= element < array.size:
-            raise InputError(f"input {position}: element {element} is needed, but the input has {array.size}")
+            raise InputError(
+                f"{self.labels.of(position)}: element {element} is needed, but it has {array.size} elements"
+            )
         return int(array[element])
 
     def check_range(self, symbol: Sym, value: int) -> None:
@@ -219,38 +198,48 @@ class Delegate:
         if bounds is None:
             return
         if value < bounds.low or (bounds.high is not None and value > bounds.high):
-            name = self.graph.values[self.graph.inputs[int(str(symbol.args[0]))]].name
             high = "unbounded" if bounds.high is None else bounds.high
             what = f"size at axis {symbol.args[1]}" if symbol.op == "input_dim" else "value"
-            raise InputError(
-                f"input {symbol.args[0]} ({name}): {what} is {value}, outside [{bounds.low}, {high}] of the export"
-            )
+            label = self.labels.of(int(str(symbol.args[0])))
+            raise InputError(f"{label}: {what} is {value}, outside [{bounds.low}, {high}] of the export")
 
-    def check(self, plan: Plan, inputs: Sequence[tuple[str, HostArray]], env: dict[Sym, int]) -> None:
+    def check(
+        self,
+        plan: Plan,
+        inputs: Sequence[tuple[str, HostArray]],
+        env: dict[Sym, int],
+        unknown: Collection[int] = (),
+    ) -> None:
         """The plan's own checks: positions and sizes that kernels must not see out of range.
 
+        Args:
+            unknown: positions of inputs whose elements are not looked at.
         Raises:
             InputError: one fails; says what and the limits.
         """
         for check in plan.checks:
             value = evaluate(check.dim, env.__getitem__)
             if not check.low <= value <= check.high:
-                raise InputError(f"{check.what}: {value} is outside [{check.low}, {check.high}]")
+                raise InputError(f"{self.labels.named(check.what)}: {value} is outside [{check.low}, {check.high}]")
         for item in plan.element_checks:
-            array = inputs[self.graph.inputs.index(item.value)][1].reshape(-1)
-            more = None if item.plus is None else inputs[self.graph.inputs.index(item.plus)][1].reshape(-1)
+            position = self.graph.inputs.index(item.value)
+            other = None if item.plus is None else self.graph.inputs.index(item.plus)
+            if position in unknown or other in unknown:
+                continue
+            array = inputs[position][1].reshape(-1)
+            more = None if other is None else inputs[other][1].reshape(-1)
             found = array if more is None else array.astype(np.int64) + more
             if found.size and not (item.low <= int(found.min()) and int(found.max()) <= item.high):
                 at = int(np.flatnonzero((found < item.low) | (found > item.high))[0])
                 shown = f"{array[at]}" if more is None else f"{array[at]} + {more[at]} = {found[at]}"
-                position = self.graph.inputs.index(item.value)
                 raise InputError(
-                    f"input {position} ({self.graph.values[item.value].name}): {item.what}: {shown} is outside "
+                    f"{self.labels.of(position)}: {self.labels.named(item.what)}: {shown} is outside "
                     f"[{item.low}, {item.high}] ({item.each} {at})"
                 )
 
     # -- plans
 
+    @locked
     def plan(self, env: dict[Sym, int]) -> Plan:
         """The plan for these symbol values, from the cache or made now."""
         key = tuple(env[s] for s in self._key_symbols)
@@ -260,7 +249,7 @@ class Delegate:
             return plan
         free = self._lookup(env)
         lowered = self.planner.lowered(free)
-        symbols = frozenset(self._key_symbols).union(*(node.used for node in lowered)) if lowered else frozenset()
+        symbols = frozenset(self._key_symbols).union(*(node.used for node in lowered))
         if len(symbols) != len(self._key_symbols):
             self._key_symbols = tuple(sorted(symbols, key=str))
             self._drop_plans()
@@ -378,6 +367,28 @@ class Delegate:
         times = [KernelTime(x.node, x.kernel, *found) for x, found in zip(plan.launches, results, strict=True)]
         return outputs, times
 
+    @locked
+    def rehearse(self, inputs: Sequence[tuple[str, HostArray]], unknown: Collection[int]) -> dict[Sym, int]:
+        """Make the plan of a step and check its numbers as `execute` does; nothing is written or submitted.
+
+        Args:
+            unknown: positions of inputs whose elements do not count, only dtype and shape; none of `elements_read`.
+        Returns:
+            The values of the symbols.
+        Raises:
+            InputError, DeviceError: as `execute`.
+        """
+        env = self._bound(inputs)
+        plan = self.plan(env)
+        self._stored_inputs(inputs, unknown)
+        self.check(plan, inputs, env, unknown)
+        return env
+
+    @property
+    def elements_read(self) -> frozenset[int]:
+        """Positions of inputs of which the host reads elements to know sizes and positions."""
+        return frozenset(int(str(symbol.args[0])) for symbol in self._symbols if symbol.op == "scalar")
+
     def _bound(self, inputs: Sequence[tuple[str, HostArray]]) -> dict[Sym, int]:
         if self.closed:
             raise InputError("this delegate was closed: load the method again")
@@ -390,11 +401,7 @@ class Delegate:
         Raises:
             InputError: a number is out of range; nothing was written.
         """
-        converted = []
-        for position, (index, (dtype, array)) in enumerate(zip(self.graph.inputs, inputs, strict=True)):
-            value = self.graph.values[index]
-            kind = self.device.limits.wgsl_type(dtype)
-            converted.append((index, to_storage(dtype, array, kind, f"input {position} ({value.name})")))
+        converted = self._stored_inputs(inputs)
         self.check(plan, inputs, env)
         self.workspace.holder = None
         for index, data in converted:
@@ -402,11 +409,22 @@ class Delegate:
                 self.device.write(plan.buffers[index], data)
         self.live.write(lambda dim: evaluate(dim, env.__getitem__))
 
+    def _stored_inputs(
+        self, inputs: Sequence[tuple[str, HostArray]], unknown: Collection[int] = ()
+    ) -> list[tuple[int, HostArray]]:
+        """(value index, bytes to upload) of each input; InputError for integers that do not fit."""
+        kind = self.device.limits.wgsl_type
+        return [
+            (index, to_storage(dtype, array, kind(dtype), self.labels.of(position)))
+            for position, (index, (dtype, array)) in enumerate(zip(self.graph.inputs, inputs, strict=True))
+            if position not in unknown
+        ]
+
     def _finish(
         self, encoder: Any, plan: Plan, env: dict[Sym, int], last_row_of: int | None = None
     ) -> list[tuple[str, HostArray | int]]:
         """Copy the outputs out, submit, wait, convert."""
-        parts: list[_Part | int] = []
+        parts: list[OutputPart | int] = []
         total = 0
         for number, output in enumerate(self.graph.outputs):
             if not isinstance(output, Ref):
@@ -420,7 +438,7 @@ class Delegate:
             if number == last_row_of and end:
                 start = end - shape[-1] * STORAGE[kind].itemsize
                 shape = (*(1 for _ in shape[:-1]), shape[-1])
-            made = _Part(value.dtype, kind, shape, plan.buffers[output.value], start, end, total)
+            made = OutputPart(value.dtype, kind, shape, plan.buffers[output.value], start, end, total)
             parts.append(made)
             total += -(-made.size // 8) * 8
         if total:

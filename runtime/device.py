@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,20 +65,45 @@ class Counters:
         return Counters(**{k: v - getattr(before, k) for k, v in self.__dict__.items()})
 
 
-@dataclass
 class MemoryUse:
-    """Bytes of GPU buffers alive on a device, by purpose, and the highest total so far."""
+    """Bytes of GPU buffers alive on a device, by purpose, and the highest total so far.
 
-    by_purpose: dict[str, int] = field(default_factory=dict)
-    peak: int = 0
+    A buffer that nobody holds any more is freed by wgpu. Python may notice that in any thread and at any moment, so
+    all that happens then is an entry in a queue, which the next look at the numbers works off.
+    """
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._by_purpose: dict[str, int] = {}
+        self._alive: weakref.WeakKeyDictionary[Any, weakref.finalize[..., Any]] = weakref.WeakKeyDictionary()
+        self._gone: collections.deque[tuple[str, int]] = collections.deque()
+        self._lock = threading.RLock()
+
+    @property
+    def by_purpose(self) -> dict[str, int]:
+        """A copy."""
+        with self._lock:
+            while self._gone:
+                purpose, size = self._gone.popleft()
+                self._by_purpose[purpose] -= size
+            return dict(self._by_purpose)
 
     @property
     def total(self) -> int:
         return sum(self.by_purpose.values())
 
-    def add(self, purpose: str, size: int) -> None:
-        self.by_purpose[purpose] = self.by_purpose.get(purpose, 0) + size
-        self.peak = max(self.peak, self.total)
+    def add(self, buffer: Any, purpose: str) -> None:
+        """Count a new buffer, until it is removed or nobody holds it any more."""
+        with self._lock:
+            self._by_purpose[purpose] = self._by_purpose.get(purpose, 0) + buffer.size
+            self._alive[buffer] = weakref.finalize(buffer, self._gone.append, (purpose, buffer.size))
+            self._alive[buffer].atexit = False
+            self.peak = max(self.peak, self.total)
+
+    def remove(self, buffer: Any) -> None:
+        """A buffer that was counted is freed now."""
+        with self._lock:
+            self._alive.pop(buffer)()
 
 
 def adapters() -> list[Any]:
@@ -215,12 +242,12 @@ class Device:
                 f"{label}: no GPU buffer of {size:,} bytes ({self.memory.total:,} in use): {error}"
             ) from error
         self.counters.buffers += 1
-        self.memory.add(purpose, size)
+        self.memory.add(made, purpose)
         return made
 
     def release(self, buffer: Any, purpose: str) -> None:
         """Free a buffer made by `buffer` under the same purpose."""
-        self.memory.add(purpose, -buffer.size)
+        self.memory.remove(buffer)
         buffer.destroy()
 
     def write(self, buffer: Any, data: Any, offset: int = 0) -> None:

@@ -29,7 +29,6 @@ _NAMES = {
     "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int64": "i64", "int32": "i32",
     "uint32": "u32", "int16": "i16", "int8": "i8", "uint8": "u8", "bool": "bool",
 }  # fmt: skip
-_TORCH = {short: name for name, short in _NAMES.items()}
 STORAGE: dict[str, np.dtype[Any]] = {
     "f32": np.dtype("<f4"),
     "f16": np.dtype("<f2"),
@@ -118,8 +117,3 @@ def to_user(dtype: str, array: np.ndarray[Any, Any], torch_wanted: bool) -> Any:
         tensor = torch.from_numpy(array)
         return tensor.view(torch.bfloat16) if dtype == "bf16" else tensor
     return bf16_to_f32(array) if dtype == "bf16" else array
-
-
-def torch_dtype_name(dtype: str) -> str:
-    """`float32` for `f32` and so on: the long name for messages."""
-    return _TORCH[dtype]

@@ -17,7 +17,9 @@ from .buffers import DataSource, State, Weights
 from .delegate import Delegate, KernelTime
 from .device import Device
 from .errors import InputError, ProgramFormatError, UnsupportedError
+from .foresight import Foresight, instructions, truth
 from .host import NUMPY, bf16_to_f32, is_torch, to_host, to_user
+from .labels import InputLabels
 from .ptd import DataFile
 from .pte import (
     BoolList,
@@ -90,19 +92,23 @@ def _tensor(info: TensorInfo | None) -> TensorInfo:
 def describe(plan: ExecutionPlan) -> MethodMeta:
     """The metadata of an execution plan."""
 
-    def info(index: int) -> TensorInfo | None:
+    def info(what: str, number: int, index: int) -> TensorInfo | None:
         value = plan.values[index]
         if not isinstance(value, TensorMeta):
             return None
-        return TensorInfo(value.sizes, _dtype(value), value.shape_dynamism != ShapeDynamism.STATIC)
+        if value.scalar_type not in _DTYPES:
+            raise UnsupportedError(
+                f"{what} {number} of method {plan.name} is of type {value.scalar_type.name}, which is not supported: "
+                f"let the model take and give one of {', '.join(_DTYPES.values())} (for complex numbers "
+                "torch.view_as_real), and convert inside"
+            )
+        return TensorInfo(value.sizes, _DTYPES[value.scalar_type], value.shape_dynamism != ShapeDynamism.STATIC)
 
-    return MethodMeta(plan.name, tuple(info(i) for i in plan.inputs), tuple(info(i) for i in plan.outputs))
-
-
-def _dtype(meta: TensorMeta) -> str:
-    if meta.scalar_type not in _DTYPES:
-        raise UnsupportedError(f"tensors of type {meta.scalar_type.name} are not supported")
-    return _DTYPES[meta.scalar_type]
+    return MethodMeta(
+        plan.name,
+        tuple(info("input", number, index) for number, index in enumerate(plan.inputs)),
+        tuple(info("output", number, index) for number, index in enumerate(plan.outputs)),
+    )
 
 
 class Method:
@@ -148,6 +154,12 @@ class Method:
         except BaseException:
             self.close()
             raise
+        self._label_inputs()
+        # holds nothing of `self`: a method that nobody needs is freed at once, not by the garbage collector
+        self._foresight = Foresight(
+            self.plan, self.delegates, _pair, functools.partial(_call_kernel, self.plan, self._stored), _host_dtype
+        )
+        self._copied = outside.copied_inputs(self.plan)
         self.family: weakref.WeakSet[Method] = weakref.WeakSet() if family is None else family
         self.family.add(self)
 
@@ -156,6 +168,15 @@ class Method:
             return deserialize(self.plan.delegates[number].processed)
         except BlobError as error:
             raise ProgramFormatError(f"method {self.plan.name}, delegate {number}: {error}") from error
+
+    def _label_inputs(self) -> None:
+        """Let the delegates' messages number inputs as the method's caller does."""
+        numbers = {index: number for number, index in enumerate(self.plan.inputs)}
+        for call in instructions(self.plan):
+            if isinstance(call, DelegateCall):
+                delegate = self.delegates[call.delegate_index]
+                given = call.args[: len(delegate.graph.inputs)]
+                delegate.labels = InputLabels(delegate.graph, [numbers.get(index) for index in given])
 
     def new_state(self) -> State:
         """A further set of this method's mutable buffers, with their initial content.
@@ -198,7 +219,9 @@ class Method:
 
     def copy_stored(self, stored: Mapping[int, Any]) -> None:
         """Keep what another one of the same method kept."""
-        self._stored = _copied(stored)
+        copied = _copied(stored)
+        self._stored.clear()
+        self._stored.update(copied)
 
     def forget_stored(self) -> None:
         """Outside of the delegates, the next call is like the first."""
@@ -218,17 +241,15 @@ class Method:
             raise UnsupportedError(
                 f"method {self.plan.name} has parts delegated to {foreign}; this runtime executes {BACKEND_ID} only"
             )
-        used = {i.op_index for chain in self.plan.chains for i in chain.instructions if isinstance(i, KernelCall)}
+        used = {i.op_index for i in instructions(self.plan) if isinstance(i, KernelCall)}
         outside.require([self.plan.operators[i] for i in sorted(used)])
+        outside.check_types(self.plan)
 
     def outside(self) -> list[str]:
         """Names of the operators that are not delegated, in the order of execution."""
         return [
-            self.plan.operators[i.op_index].full_name
-            for chain in self.plan.chains
-            for i in chain.instructions
-            if isinstance(i, KernelCall)
-        ]
+            self.plan.operators[i.op_index].full_name for i in instructions(self.plan) if isinstance(i, KernelCall)
+        ]  # fmt: skip
 
     # -- execution
 
@@ -242,7 +263,9 @@ class Method:
         Returns:
             The outputs: torch tensors if any input was one, else numpy arrays (bfloat16 as float32); integers as int.
         Raises:
-            InputError: an input is wrong; nothing was submitted and the state is as before.
+            InputError: an input is wrong; nothing was submitted and the state is as before. In a method of several
+                parts this holds for what follows from the inputs: not for sizes and positions that an operator outside
+                of the delegates computes after the first of them has run.
             DeviceError: the GPU failed.
         """
         cut = self._first_output if last_row else None
@@ -251,7 +274,7 @@ class Method:
     @functools.cached_property
     def _first_output(self) -> int | None:
         """Which output of the only delegate is the method's first; None where there is more to it."""
-        calls = [i for chain in self.plan.chains for i in chain.instructions]
+        calls = list(instructions(self.plan))
         if len(calls) != 1 or not isinstance(calls[0], DelegateCall):
             return None
         results = list(calls[0].args[len(self.delegates[0].graph.inputs) :])
@@ -274,19 +297,22 @@ class Method:
         self._require_open()
         torch_wanted = any(is_torch(value) for value in inputs)
         slots = self._bind(inputs)
-        for chain in self.plan.chains:
+        first = self._foresight.first
+        for number, chain in enumerate(self.plan.chains):
             position = 0
             while position < len(chain.instructions):
                 instruction = chain.instructions[position]
+                if instruction is first:
+                    self._foresight.check(number, position, slots)
                 position += 1
                 if isinstance(instruction, DelegateCall):
                     self._call_delegate(instruction, slots, call)
                 elif isinstance(instruction, KernelCall):
-                    self._call_kernel(instruction, slots)
+                    _call_kernel(self.plan, self._stored, instruction, slots)
                 elif isinstance(instruction, MoveCall):
                     slots[instruction.move_to] = slots[instruction.move_from]
                 elif isinstance(instruction, JumpFalseCall):
-                    if not bool(slots[instruction.cond_value_index]):
+                    if not truth(slots[instruction.cond_value_index]):
                         position = instruction.destination_instruction
                 elif isinstance(instruction, FreeCall):
                     slots[instruction.value_index] = None
@@ -304,7 +330,7 @@ class Method:
                 continue
             dtype, array = to_host(value)
             _check_input(position, info, dtype, array)
-            slots[index] = (dtype, array)
+            slots[index] = (dtype, array.copy() if index in self._copied else array)
         for index, value in enumerate(self.plan.values):
             if isinstance(slots[index], TensorMeta) and index not in self.plan.inputs:
                 stored = self._stored_tensor(index, value)
@@ -318,10 +344,14 @@ class Method:
             data = self.file.tensor_data(meta, self.data_files) if meta.has_data else None
             if data is None:
                 return None
-            array = np.frombuffer(data, NUMPY[_dtype(meta)], meta.numel).reshape(meta.sizes)
+            dtype = _host_dtype(meta)
+            if dtype is None:  # only torch works with it
+                self._stored[index] = outside.tensor(meta, data)
+                return self._stored[index]
+            array = np.frombuffer(data, NUMPY[dtype], meta.numel).reshape(meta.sizes)
             if not meta.is_constant:
                 array = array.copy()
-            self._stored[index] = (_dtype(meta), array)
+            self._stored[index] = (dtype, array)
         return self._stored[index]
 
     def _call_delegate(
@@ -335,31 +365,6 @@ class Method:
         given = [_pair(slots[index]) for index in instruction.args[:count]]
         for index, (dtype, value) in zip(instruction.args[count:], call(delegate, given), strict=False):
             slots[index] = value if isinstance(value, int) else (dtype, value)
-
-    def _call_kernel(self, instruction: KernelCall, slots: list[Any]) -> None:
-        operator = self.plan.operators[instruction.op_index]
-        torch = outside.load_torch(operator.full_name) if outside.available() else None
-
-        def resolve(value: Any) -> Any:
-            if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
-                return to_user(value[0], value[1], torch is not None)
-            if isinstance(value, IntList | TensorList):
-                return [resolve(slots[i]) for i in value.items]
-            if isinstance(value, OptionalTensorList):
-                return [None if i < 0 else resolve(slots[i]) for i in value.items]
-            if isinstance(value, DoubleList | BoolList):
-                return list(value.items)
-            return value
-
-        def dtype_of(index: int) -> Any:
-            return _torch_dtype(torch, self.plan.values[index])
-
-        if torch is not None:
-            for index in outside.inputs(operator, instruction.args):
-                if isinstance(slots[index], TensorMeta):  # read before anything wrote it: a buffer that starts as zeros
-                    meta = slots[index]
-                    slots[index] = self._stored[index] = torch.zeros(meta.sizes, dtype=_torch_dtype(torch, meta))
-        outside.run(operator, instruction.args, slots, dtype_of, resolve)
 
     def _user(self, value: Any, index: int, torch_wanted: bool) -> Any:
         if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
@@ -391,20 +396,39 @@ def _copied(stored: Mapping[int, Any]) -> dict[int, Any]:
     }
 
 
-def _torch_dtype(torch: Any, meta: Any) -> Any:
-    names = {
-        "f32": "float32",
-        "f16": "float16",
-        "bf16": "bfloat16",
-        "f64": "float64",
-        "i64": "int64",
-        "i32": "int32",
-        "i16": "int16",
-        "i8": "int8",
-        "u8": "uint8",
-        "bool": "bool",
-    }
-    return getattr(torch, names[_dtype(meta)])
+def _host_dtype(meta: TensorMeta) -> str | None:
+    """The host dtype of a tensor; None where there is none, and torch alone can hold it."""
+    return _DTYPES.get(meta.scalar_type)
+
+
+def _call_kernel(plan: ExecutionPlan, stored: dict[int, Any], instruction: KernelCall, slots: list[Any]) -> None:
+    """Execute what stayed outside of the delegates.
+
+    Args:
+        stored: what is kept between calls.
+        slots: values by index; results are stored here.
+    """
+    operator = plan.operators[instruction.op_index]
+    with_torch = outside.available()
+    if with_torch:
+        outside.load_torch(operator.full_name)
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
+            return to_user(value[0], value[1], with_torch)
+        if isinstance(value, IntList | TensorList):
+            return [resolve(slots[i]) for i in value.items]
+        if isinstance(value, OptionalTensorList):
+            return [None if i < 0 else resolve(slots[i]) for i in value.items]
+        if isinstance(value, DoubleList | BoolList):
+            return list(value.items)
+        return value
+
+    if with_torch:
+        for index in outside.inputs(operator, instruction.args):
+            if isinstance(slots[index], TensorMeta):  # read before anything wrote it: a buffer that starts as zeros
+                slots[index] = stored[index] = outside.empty(slots[index], slots[index].sizes)
+    outside.run(operator, instruction.args, slots, plan.values, resolve)
 
 
 def _pair(value: Any) -> tuple[str, Any]:

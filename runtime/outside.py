@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import UnsupportedError
-from .pte import Operator
+from .pte import ExecutionPlan, KernelCall, MoveCall, Operator, ScalarType, TensorMeta
 
 _HINT = "Delegate it (see what the partitioner refused), or install torch, which then executes it on the CPU."
 
@@ -54,8 +54,70 @@ def inputs(op: Operator, args: Sequence[int]) -> list[int]:
     return [index for index, argument in zip(args, schema.arguments, strict=False) if not argument.is_out]
 
 
+def written(op: Operator, args: Sequence[int]) -> list[int]:
+    """As `inputs`, those that it changes in place; without `args` their places in the schema."""
+    if op.full_name in _PRIM:
+        return []
+    arguments = _overload(op)._schema.arguments
+    return [
+        index
+        for index, argument in zip(args or range(len(arguments)), arguments, strict=False)
+        if not argument.is_out and argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def is_scalar(op: Operator) -> bool:
+    """Whether an operator computes with numbers and sizes alone."""
+    return op.full_name in _PRIM and op.full_name != _VIEW
+
+
+def is_pure(op: Operator) -> bool:
+    """Whether an operator of torch's own may be executed twice: it writes its results only, and draws no random
+    numbers."""
+    if op.full_name in _PRIM:
+        return True
+    if not op.name.startswith("aten::") or written(op, ()):
+        return False
+    torch = importlib.import_module("torch")
+    drawing = torch.Tag.nondeterministic_seeded
+    packet = _overload(op).overloadpacket
+    return all(drawing not in getattr(packet, name).tags for name in packet.overloads())
+
+
+def torch_dtype(scalar_type: ScalarType) -> str | None:
+    """Torch's name for an element type; None for the quantised ones, which programs keep as integers."""
+    numpy_dtype = scalar_type.numpy_dtype
+    return _TORCH_ONLY.get(scalar_type.name) if numpy_dtype is None else str(numpy_dtype.name)
+
+
+def copied_inputs(plan: ExecutionPlan) -> frozenset[int]:
+    """Value indices of a method's inputs that its operators outside of the delegates might write to: such inputs are
+    copied, the caller's tensors stay as they are."""
+    calls = [i for chain in plan.chains for i in chain.instructions if isinstance(i, KernelCall)]
+    if not any(written(plan.operators[call.op_index], ()) for call in calls):
+        return frozenset()
+    moved = {i.move_from for chain in plan.chains for i in chain.instructions if isinstance(i, MoveCall)}
+    return frozenset(plan.inputs) & (moved | {index for call in calls for index in call.args})
+
+
+def check_types(plan: ExecutionPlan) -> None:
+    """UnsupportedError if torch has no form of a tensor between the operators outside; names them."""
+    bad: dict[str, set[str]] = {}
+    for call in (i for chain in plan.chains for i in chain.instructions if isinstance(i, KernelCall)):
+        for index in call.args:
+            value = plan.values[index]
+            if isinstance(value, TensorMeta) and torch_dtype(value.scalar_type) is None:
+                bad.setdefault(value.scalar_type.name, set()).add(plan.operators[call.op_index].full_name)
+    if bad:
+        kind, names = next(iter(bad.items()))
+        raise UnsupportedError(
+            f"operators {sorted(names)} stayed outside the WebGPU delegate and work on tensors of type {kind}, which "
+            "torch cannot hold for them; express that part of the model with other types"
+        )
+
+
 def run(
-    op: Operator, args: Sequence[int], slots: list[Any], dtypes: Callable[[int], Any], resolve: Callable[[Any], Any]
+    op: Operator, args: Sequence[int], slots: list[Any], metas: Sequence[Any], resolve: Callable[[Any], Any]
 ) -> None:
     """Execute one kernel call.
 
@@ -63,8 +125,12 @@ def run(
         op, args: operator and value indices as the program has them: inputs, then results (which the program may
         repeat).
         slots: values by index; results are stored here as torch tensors or numbers.
-        dtypes: value index -> torch dtype of a tensor value.
+        metas: values by index as the program describes them.
         resolve: turns a list value of the program into a list of slot contents.
+
+    Torch's operators give results the size that they need. Kernels of other libraries were made for ExecuTorch, whose
+    tensors keep their rank and shrink only: their results begin with the program's sizes, the upper bounds. Such
+    kernels only log what they find wrong with their arguments.
     """
     prim = _PRIM.get(op.full_name)
     if prim is not None:
@@ -77,8 +143,8 @@ def run(
     outs = []
     for index, argument in zip(args, function._schema.arguments, strict=False):
         if argument.is_out:
-            torch = importlib.import_module("torch")
-            keywords[argument.name] = torch.empty(0, dtype=dtypes(index))
+            sizes = [0] if op.name.startswith("aten::") else metas[index].sizes
+            keywords[argument.name] = empty(metas[index], sizes)
             outs.append(index)
         elif argument.kwarg_only:
             keywords[argument.name] = as_torch(resolve(slots[index]))
@@ -88,6 +154,20 @@ def run(
     results = result if isinstance(result, tuple | list) else (result,)
     for index, value in zip(outs or args[len(function._schema.arguments) :], results, strict=False):
         slots[index] = value
+
+
+def empty(meta: TensorMeta, sizes: Sequence[int]) -> Any:
+    """A torch tensor of a value's type, filled with zeros."""
+    torch = importlib.import_module("torch")
+    return torch.zeros(list(sizes), dtype=getattr(torch, str(torch_dtype(meta.scalar_type))))
+
+
+def tensor(meta: TensorMeta, data: Any) -> Any:
+    """A torch tensor with a copy of stored bytes."""
+    torch = importlib.import_module("torch")
+    return torch.frombuffer(
+        bytearray(data), dtype=getattr(torch, str(torch_dtype(meta.scalar_type))), count=meta.numel
+    ).reshape(meta.sizes)
 
 
 def as_torch(value: Any) -> Any:
@@ -100,8 +180,14 @@ def as_torch(value: Any) -> Any:
     return value
 
 
+_TORCH_ONLY = {
+    "BFLOAT16": "bfloat16", "COMPLEX32": "complex32", "FLOAT8E5M2": "float8_e5m2", "FLOAT8E4M3FN": "float8_e4m3fn",
+    "FLOAT8E5M2FNUZ": "float8_e5m2fnuz", "FLOAT8E4M3FNUZ": "float8_e4m3fnuz",
+}  # fmt: skip
+"""Torch's names for element types that numpy lacks."""
+_VIEW = "executorch_prim::et_view.default"
 _PRIM: dict[str, Callable[..., Any]] = {
-    "executorch_prim::et_view.default": lambda x, size: x.reshape([int(s) for s in size]),
+    _VIEW: lambda x, size: x.reshape([int(s) for s in size]),
     "executorch_prim::add.Scalar": lambda a, b: a + b,
     "executorch_prim::sub.Scalar": lambda a, b: a - b,
     "executorch_prim::mul.Scalar": lambda a, b: a * b,

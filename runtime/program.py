@@ -72,9 +72,9 @@ class Program:
         self.data_files = list(data_files)
         self.runtime = runtime
         self._weights: Weights | None = None
-        self._methods: list[Method] = []
         self._family: weakref.WeakSet[Method] = weakref.WeakSet()
-        """All methods over the weights, those on further states too."""
+        """All methods over the weights, those on further states too. One that nobody holds any more is gone, and so is
+        its GPU memory; only the weights stay."""
 
     @property
     def method_names(self) -> set[str]:
@@ -122,24 +122,20 @@ class Program:
             return self._load(name, state, device, progress)
 
     def _load(self, name: str, state: State | None, device: Device, progress: Progress | None) -> Method:
-        self._methods = [method for method in self._methods if not method.closed]
         like = next((method for method in self._family if method.name == name and not method.closed), None)
         if like is not None:
-            self._methods.append(like.on_state(state))
-            return self._methods[-1]
+            return like.on_state(state)
         if self._weights is None:
             self._weights = RandomWeights(device) if self.random_weights else Weights(device)
         self._weights.progress = progress
         known = self._weights.known()
         try:
-            method = Method(self.file, self.data_files, name, device, self._weights, state, family=self._family)
+            return Method(self.file, self.data_files, name, device, self._weights, state, family=self._family)
         except BaseException:
             self._weights.keep(known)
             raise
         finally:
             self._weights.progress = None
-        self._methods.append(method)
-        return method
 
     def new_state(self) -> State:
         """An empty set of mutable buffers; a method that is loaded on it makes its own there, or finds those that
@@ -150,7 +146,6 @@ class Program:
         """Free all GPU memory of the program and its methods."""
         for method in list(self._family):
             method.close()
-        self._methods.clear()
         if self._weights is not None:
             self._weights.close()
             self._weights = None

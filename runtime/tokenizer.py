@@ -76,11 +76,6 @@ class Tokenizer:
         """The text of ids; special tokens are left out, incomplete characters become U+FFFD."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def id_of(self, token: str) -> int | None:
-        """The id of a token by its exact text, or None."""
-        found: int | None = self._tokenizer.token_to_id(token)
-        return found
-
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is none (such files are optional)."""

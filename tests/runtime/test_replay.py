@@ -346,7 +346,7 @@ def tokens_after(generator: Generator, count: int) -> tuple[int, ...]:
 def weights_of(program: Program) -> list[tuple[str, Any]]:
     """(name, buffer) of every constant."""
     found = []
-    for method in program._methods:
+    for method in program._family:
         for delegate in method.delegates:
             for index, value in enumerate(delegate.graph.values):
                 if value.kind == "constant" and value.alias is None:
