@@ -1,6 +1,6 @@
 """The documentation's table of configurations, from results that `tests.models.verify --results FILE` wrote.
 
-    python -m tests.models.table FILE [FILE ...] > docs/CONFIGURATIONS.md
+python -m tests.models.table FILE [FILE ...] > docs/CONFIGURATIONS.md
 """
 
 from __future__ import annotations
