@@ -47,7 +47,11 @@ def test_wrong_arguments_leave_a_generator_as_it_was(steps: int | None) -> None:
         assert generator.generate((), 5, ()).tokens == golden("llama", tuple(PROMPT), 5)
 
 
-@pytest.mark.parametrize("ids", [np.array(PROMPT), torch.tensor(PROMPT), tuple(PROMPT), iter(PROMPT)], ids=repr)
+@pytest.mark.parametrize(
+    "ids",
+    [np.array(PROMPT), torch.tensor(PROMPT), tuple(PROMPT), iter(PROMPT)],
+    ids=["array", "tensor", "tuple", "iterator"],
+)
 def test_prompts_are_lists_arrays_tensors_or_iterators(ids: Any) -> None:
     with Generator(load("llama")) as generator:
         result = generator.generate(ids, 5, ())
