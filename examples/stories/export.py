@@ -1,8 +1,10 @@
 """Exports the story model through ExecuTorch's own Llama export.
 
-Heavy imports happen inside the functions. As a script it writes a program without any delegate::
+Heavy imports happen inside the functions. As a script it writes a program without any delegate, or with ``--webgpu``
+lowered to the WebGPU delegate::
 
     python -m examples.stories.export stories.pte --dtype fp32
+    python -m examples.stories.export drafts.pte --logits all --webgpu
 
 With ``--batch`` it writes one for ragged batches instead, lowered to the WebGPU delegate (`examples.stories.ragged`).
 """
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument(
         "--logits", choices=("last", "all"), default="last", help="all: of every token, as speculative decoding needs"
     )
+    parser.add_argument("--webgpu", action="store_true", help="lower it to the WebGPU delegate")
     parser.add_argument("--batch", type=int, help="rows of a program whose rows have lengths of their own")
     args = parser.parse_args()
     if args.batch is not None:
@@ -198,7 +201,13 @@ def main() -> None:
         args.path.write_bytes(program.buffer)
         print(args.path)
         return
-    print(export_to_pte(args.path, dtype=args.dtype, directory=args.model, full_logits=args.logits == "all"))
+    partitioners: list[Partitioner] = []
+    if args.webgpu:
+        from executorch_webgpu.partitioner import WebGPUPartitioner
+
+        partitioners.append(WebGPUPartitioner())
+    every = args.logits == "all"
+    print(export_to_pte(args.path, partitioners, dtype=args.dtype, directory=args.model, full_logits=every))
 
 
 if __name__ == "__main__":
