@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import prod
 
+from .. import wgsl
 from ..backend.graph import FLOATS, INTEGERS, Arg, Graph, Node, Ref, Value
 from .base import Dispatch, Lowering, Param, register
 
@@ -208,7 +209,8 @@ def lower_rows(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         "rows": rows, "k": k, "low": low, "high": high, "eps": _SMALLEST[dtype] if eps is None else float(str(eps)),
     }  # fmt: skip
     consts = {"FAKE": node.op == FAKE}
-    yield Dispatch("quantize_rows", bindings, numbers, ctx.fold_grid(rows), consts=consts, types=types)
+    body = wgsl.source("quotient")
+    yield Dispatch("quantize_rows", bindings, numbers, ctx.fold_grid(rows), consts=consts, types=types, body=body)
 
 
 def _target(node: Node) -> str:

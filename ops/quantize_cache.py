@@ -170,7 +170,7 @@ class _Work:
             ctx.fold_grid(total),
             consts=consts,
             types=types,
-            body=wgsl.source(PART) + wgsl.source(part),
+            body=wgsl.source("quotient") + wgsl.source(PART) + wgsl.source(part),
         )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .. import wgsl
 from ..backend.graph import Graph, Node, Ref, Sym
 from .base import Dispatch, Lowering, register
 from .copies import Side, copy_all, detached, side
@@ -97,6 +98,7 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         ctx.fold_grid(2 * vectors),
         consts={"D": size},
         types={letter: ctx.stored_as(read[n].value, read[n].dtype) for letter, n in (("K", "key"), ("V", "value"))},
+        body=wgsl.source("quotient"),
     )
 
 

@@ -11,7 +11,7 @@
 // log2(D) rounds with a barrier each. Quotients are corrected by a step of Newton's method, so that codes are those of the host.
 // Memory traffic: each vector once; (D * BITS / 8 + 4) bytes written. Versions tried: 4-bit codes -7 to 7 of scale max / 7, whose errors are 1.1
 // to 1.15 times as large for uniform and normal numbers, and up to 2 times for numbers of few levels.
-// Appended: ragged_rows.wgsl, and quantize_cache_value.wgsl or quantize_cache_alone.wgsl.
+// Appended: quotient.wgsl, ragged_rows.wgsl, and quantize_cache_value.wgsl or quantize_cache_alone.wgsl.
 
 @group(0) @binding(0) var<storage, read> query: array<Q>;
 @group(0) @binding(1) var<storage, read> key: array<K>;
@@ -42,13 +42,6 @@ const MOST = (1i << (BITS - 1u)) - 1i; // the largest code
 var<workgroup> y: array<f32, D>;
 // Bits of the largest value and of the largest negated value: for positive floats, order is that of their bits, infinity and NaN last.
 var<workgroup> most: array<atomic<u32>, 2>;
-
-fn quotient(a: f32, b: f32) -> f32 {
-    let q = a / b;
-    let better = fma(fma(-q, b, a), 1.0 / b, q);
-    // where a quotient or a residue leaves the range of floats, there is nothing to correct
-    return select(q, better, abs(q) < 1e30 && abs(b) > 1e-30 && abs(b) < 1e30);
-}
 
 /// The scale of a vector whose values reach from minus the float of bits `below` to that of bits `above`.
 fn scale_of(above: u32, below: u32) -> f32 {

@@ -8,7 +8,7 @@
 //
 // One workgroup of 64: one vector, of a key (the first half of the grid) or a value. Quotients are corrected by a step of Newton's method, so that
 // codes are those of the host. Memory traffic: each vector twice, the second time from the caches; D + 8 bytes written.
-// Versions tried: this one only; before it, ten dispatches, one for each operator.
+// Versions tried: this one only; before it, ten dispatches, one for each operator. Appended: quotient.wgsl.
 
 @group(0) @binding(0) var<storage, read> key: array<K>;
 @group(0) @binding(1) var<storage, read> value: array<V>;
@@ -33,13 +33,6 @@ const EPS = 1.1920928955078125e-07; // 2^-23
 
 /// Bits of the largest value and of the largest negated value: for positive floats, order is that of their bits, infinity and NaN last.
 var<workgroup> most: array<atomic<u32>, 2>;
-
-fn quotient(a: f32, b: f32) -> f32 {
-    let q = a / b;
-    let better = fma(fma(-q, b, a), 1.0 / b, q);
-    // where a quotient or a residue leaves the range of floats, there is nothing to correct
-    return select(q, better, abs(q) < 1e30 && abs(b) > 1e-30 && abs(b) < 1e30);
-}
 
 fn number(is_value: bool, i: u32) -> f32 {
     if (is_value) {
