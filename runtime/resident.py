@@ -254,7 +254,7 @@ class Resident:
             native.encode(compute, records)
         compute.end()
         slot = self._free.pop()
-        target = self._slots[slot].reserve(4 * steps)
+        target = self._slots[slot].reserve(4 * max(steps, Batch.MOST))  # once, however the pace changes
         encoder.copy_buffer_to_buffer(self._chooser.tokens, 4 * self._done, target, 0, 4 * steps)
         submission = native.submit(gpu.queue, encoder.finish())
         self._slots[slot].begin(4 * steps)
