@@ -225,13 +225,16 @@ class Generator(Session):
         elif not self._tokens:
             raise InputError("there is nothing to continue: the prompt has no tokens")
         stops = self.stop_ids if stop_ids is None else stop_ids
-        return self._steps(max_new_tokens, stops, sampling, speculator), speculator
+        steps = self._steps(max_new_tokens, stops, sampling, speculator)
+        return (steps if speculator is None else speculator.pace.watch(steps)), speculator
 
     def _steps(
         self, limit: int | None, stops: Collection[int], sampling: Sampling, speculator: Speculator | None
     ) -> abc.Generator[int, None, str]:
         """New ids; returns why they ended."""
         count = 0
+        pace = None if speculator is None else speculator.pace
+        batch = Batch(self.steps_per_submit)
         while count != limit:
             self._ready()
             if self.room == 0:
@@ -239,52 +242,58 @@ class Generator(Session):
             known = self._run == len(self._tokens) and self._logits is not None
             left = None if limit is None else limit - count
             ahead = None if known else self._ahead()  # known logits want no step, only a choice
-            if speculator is not None and not known:
-                found, reason, wait = yield from self._run_drafted(speculator, left, stops)
+            if speculator is not None and not known and not speculator.pace.waiting:
+                found, reason = yield from self._run_drafted(speculator, left, stops)
                 count += found
                 if reason:
                     return reason
-                if not wait:
-                    continue
-                left = wait if left is None else min(wait, left - found)
+                continue
             if ahead is not None:
-                found, reason = yield from self._run_ahead(ahead, left, stops, sampling)
+                if pace is not None:
+                    left = pace.waiting if left is None else min(pace.waiting, left)
+                found, reason = yield from self._run_ahead(ahead, batch, left, stops, sampling)
                 count += found
                 if reason and (reason != "max_new_tokens" or speculator is None):
                     return reason
-                continue
-            token = self.generate_next(sampling, stops)
-            if token in stops:
-                return "stop_token"
-            yield token
-            count += 1
+            else:
+                token = self.generate_next(sampling, stops)
+                if token in stops:
+                    return "stop_token"
+                yield token
+                found = 1
+                count += 1
+            if pace is not None:
+                pace.undrafted(found)
         return "max_new_tokens"
 
     def _run_drafted(
         self, speculator: Speculator, limit: int | None, stops: Collection[int]
-    ) -> abc.Generator[int, None, tuple[int, str, int]]:
-        """New ids from drafts, as long as there are good ones; returns how many, why they ended ("" if they need not)
-        and how many to choose without a draft now."""
+    ) -> abc.Generator[int, None, tuple[int, str]]:
+        """New ids from drafts, as long as there are good ones; returns how many, and why they ended ("" if they need
+        not)."""
         changes, count = self._changes, 0
+        speculator.pace.begin()
         while count != limit:
             most = min(x - 1 for x in (self.room, None if limit is None else limit - count) if x is not None)
             if self._run < len(self._tokens) - 1:
                 self._advance(self._tokens[:-1])
             draft = speculator.draft(most)
             if not draft:
-                return count, "capacity" if self.room == 0 else "", speculator.wait(wrong=False)
+                speculator.pace.drafted(count, wrong=False)
+                return count, "capacity" if self.room == 0 else ""
             chosen = speculator.verify(draft)
             for token in chosen:
                 self._append(token, stops)
                 if self._stopped:
-                    return count, "stop_token", 0
+                    return count, "stop_token"
                 count += 1
                 yield token
                 if self._changes != changes:
-                    return count, "", 0
+                    return count, ""
             if len(chosen) == 1:
-                return count, "", speculator.wait(wrong=True)
-        return count, "max_new_tokens", 0
+                speculator.pace.drafted(count, wrong=True)
+                return count, ""
+        return count, "max_new_tokens"
 
     def _append(self, token: int, stops: Collection[int]) -> None:
         """Add an id that was chosen after all before it were run."""
@@ -293,14 +302,14 @@ class Generator(Session):
         self._stopped = token in stops
 
     def _run_ahead(
-        self, ahead: Resident, limit: int | None, stops: Collection[int], sampling: Sampling
+        self, ahead: Resident, batch: Batch, limit: int | None, stops: Collection[int], sampling: Sampling
     ) -> abc.Generator[int, None, tuple[int, str]]:
         """New ids from the GPU; returns how many, and why they ended ("" if the sequence was changed from outside)."""
         room = self.room
         budget = min(x for x in (limit, room) if x is not None)
         ended = "max_new_tokens" if budget == limit else "capacity"
         changes, sent, count = self._changes, 0, 0
-        batch = Batch(self.steps_per_submit)
+        batch.begin()
         running = False
         try:
             while count < budget:

@@ -11,6 +11,9 @@ differently than several calls with one, which can decide between two tokens of 
 
 Where choosing needs neither random numbers nor penalties, it happens on the GPU and only K + 1 tokens are read back.
 Otherwise logits f32[K + 1, V] are read, and the host chooses.
+
+Where drafts do not pay, they become rare (`pace.py`). That is found by measuring, so which tokens are run together
+differs between runs; a drafter's `adaptive=False` makes the same calls in every run.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from .decoder import Convention
 from .delegate import Delegate
 from .errors import InputError, UnsupportedError, WebGPUDelegateError
 from .host import to_host
+from .pace import Pace
 from .plan import Plan
 from .replay import Replay
 from .resident import UNCHOSEN, Whole, find_whole
@@ -38,11 +42,6 @@ if TYPE_CHECKING:
     from .generator import Generator
     from .parts import Part
     from .session import Session
-
-WITHOUT = 8
-"""Tokens that are decoded together where nothing was drafted, before the drafter is asked again."""
-LONGEST_WAIT = 32
-"""Most tokens that are decoded without a draft after drafts that were wrong."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,10 @@ class Proposals(Protocol):
 
 
 class Drafter(Protocol):
-    """Proposes tokens: `NGram`, `DraftModel`, or what has the same methods."""
+    """Proposes tokens: `NGram`, `DraftModel`, or what has the same methods.
+
+    An attribute `adaptive` that is false makes it be asked as often where drafts take more time than they save.
+    """
 
     @property
     def most(self) -> int:
@@ -95,6 +97,7 @@ class NGram:
     Attributes:
         most: tokens proposed at a time. 7 makes calls of 8 tokens, up to which kernels that read weights once are used.
         longest, shortest: lengths of the n-grams that are looked up, the longest first.
+        adaptive: whether to draft less where drafts were measured to take more time than they save.
     Raises:
         InputError: not 1 <= shortest <= longest, or `most` is not positive.
     """
@@ -102,6 +105,7 @@ class NGram:
     most: int = 7
     longest: int = 4
     shortest: int = 2
+    adaptive: bool = True
 
     def __post_init__(self) -> None:
         if self.most < 1:
@@ -152,17 +156,19 @@ class DraftModel:
     Args:
         generator: of a program with the same vocabulary; its sequence is replaced.
         most: tokens proposed at a time.
+        adaptive: whether to draft less where drafts were measured to take more time than they save.
     Raises:
         InputError: `most` is not positive.
         UnsupportedError: its state cannot go back.
     """
 
-    def __init__(self, generator: Generator, most: int = 4) -> None:
+    def __init__(self, generator: Generator, most: int = 4, adaptive: bool = True) -> None:
         if most < 1:
             raise InputError(f"a drafter that proposes {most} tokens, expected at least 1")
         if not generator.rewindable:
             raise UnsupportedError("a draft model must be able to go back; this one's state is no cache by position")
         self.generator = generator
+        self.adaptive = adaptive
         self._most = most
         self._sampling = GREEDY
 
@@ -232,11 +238,10 @@ class Speculator:
         self.session = session
         self.part = find_part(session)
         self.sampling = sampling
-        self.alone = alone
+        self.pace = Pace(alone, getattr(drafter, "adaptive", True))
         self._most = min(drafter.most, self.part.convention.chunk - 1)
         self._proposals = drafter.begin(session, sampling, session._seed)
         self._drafted = self._accepted = self._calls = 0
-        self._wait = 0
         self._verifier: Verifier | None = None
         if alone and sampling.greedy and sampling.repetition_penalty == 1:
             self._verifier = Verifier.of_part(self.part)
@@ -254,15 +259,6 @@ class Speculator:
         if wrong:
             raise InputError(f"the drafter proposes {wrong[0]}, expected ids in [0, {limit:,})")
         return found
-
-    def wait(self, wrong: bool) -> int:
-        """How many tokens to decode without a draft now: after wrong ones, more each time."""
-        if not self.alone:
-            return 1
-        if not wrong:
-            return WITHOUT
-        self._wait = min(max(2 * self._wait, 4), LONGEST_WAIT)
-        return self._wait
 
     def verify(self, draft: Sequence[int]) -> list[int]:
         """Run the last token and `draft`; the ids that follow it: those drafted that agree, and one more."""
@@ -282,7 +278,7 @@ class Speculator:
         self._accepted += len(chosen) - 1
         self._calls += 1
         if len(chosen) > 1:
-            self._wait = 0
+            self.pace.right()
         return chosen
 
     def _choose(self, ids: Sequence[int], position: int) -> list[int]:
