@@ -1,11 +1,13 @@
 """Loading weights: time against reading the file, and host memory at its peak.
 
-    python -m benchmarks.loading [--bytes 700000000] [--dtype f16]
+    python -m benchmarks.loading [--bytes 700000000] [--dtype f16]      weights alone
+    python -m benchmarks.loading --program MODEL.pte                    a program, loaded until it can be called
 
 A file of random bytes is written, mapped, and uploaded as tensors of 32 MiB, as the runtime does it with a program's
-weights. Reading the file means `readinto` a buffer of 8 MiB. Both are done with the file in the system's page cache
-and without (after POSIX_FADV_DONTNEED, where the system has it and takes the advice). On an adapter that is the CPU
-itself the weights are host memory as well: their size is taken off the peak.
+weights; or random weights for what a program lacks are written as a `.ptd` file, and both are loaded. Reading the file
+means `readinto` a buffer of 8 MiB. Both are done with the file in the system's page cache and without (after
+POSIX_FADV_DONTNEED, where the system has it and takes the advice). On an adapter that is the CPU itself the weights
+are host memory as well: their size is taken off the peak.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ import numpy as np
 from executorch_webgpu.backend.graph import ITEM_SIZE, Value
 from executorch_webgpu.runtime.buffers import Weights
 from executorch_webgpu.runtime.device import Device
+from executorch_webgpu.runtime.program import Runtime
 
+from . import data_file
 from .report import Report, add_common
 from .timing import Times
 
@@ -67,6 +71,21 @@ def resident_bytes() -> int:
     return int(text.split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+class Watch:
+    """Most bytes of host memory beyond those at the start. Weights on an adapter that is the CPU are taken off."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.on_host = device.adapter.info["adapter_type"] == "CPU"
+        self.before, self.most = self._now(), 0
+
+    def _now(self) -> int:
+        return resident_bytes() - (self.device.memory.total if self.on_host else 0)
+
+    def __call__(self, *_: int) -> None:
+        self.most = max(self.most, self._now() - self.before)
+
+
 def load(device: Device, path: Path, dtype: str) -> tuple[float, int]:
     """(seconds, most bytes of host memory beyond those before) of one load of a file, which is freed again."""
     row = WIDTH * ITEM_SIZE[dtype]
@@ -76,31 +95,34 @@ def load(device: Device, path: Path, dtype: str) -> tuple[float, int]:
         end = min(begin + rows * row, size)
         values.append(Value("constant", dtype, ((end - begin) // row, WIDTH), f"w{begin}", str(begin)))
         places[str(begin)] = (begin, end)
-    on_host = device.adapter.info["adapter_type"] == "CPU"
-    before, most = resident_bytes(), 0
-
-    def watch(*_: int) -> None:
-        nonlocal most
-        most = max(most, resident_bytes() - before - (weights_bytes() if on_host else 0))
-
-    def weights_bytes() -> int:
-        return device.memory.by_purpose.get("weights", 0)
-
     weights = Weights(device)
-    weights.progress = watch
+    weights.progress = watch = Watch(device)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         with memoryview(mapped) as view:
             began = time.perf_counter()
             weights.load(values, lambda key: view[slice(*places[key])])
             seconds = time.perf_counter() - began
         weights.close()
-    return seconds, most
+    return seconds, watch.most
+
+
+def load_program(device: Device, program: Path, data: Path) -> tuple[float, int]:
+    """As `load`, for all methods of a program with a data file."""
+    watch = Watch(device)
+    began = time.perf_counter()
+    with Runtime(device).load_program(program, [data]) as loaded:
+        for name in sorted(loaded.method_names - set(loaded.constants)):
+            loaded.load_method(name, progress=watch)
+        seconds = time.perf_counter() - began
+        watch()
+    return seconds, watch.most
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.loading", description=(__doc__ or "").split("\n")[0])
     made.add_argument("--bytes", type=int, default=700_000_000, help="size of the file")
+    made.add_argument("--program", type=Path, help="a program without its weights, instead of --bytes")
     made.add_argument("--folder", help="where it is written; default: the system's folder for temporary files")
     made.add_argument("--runs", type=int, default=3)
     add_common(made)
@@ -110,12 +132,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    options = parser().parse_args(arguments)
+    options_parser = parser()
+    options = options_parser.parse_args(arguments)
     device = Device.create(options.adapter)
     report = Report(device, options.out)
     with tempfile.TemporaryDirectory(prefix="loading-", dir=options.folder) as folder:
-        path = Path(folder) / "weights"
-        write_random(path, options.bytes)
+        path = Path(folder) / "weights.ptd"
+        if options.program is None:
+            size = options.bytes
+            write_random(path, size)
+        else:
+            sizes = data_file.missing(options.program)
+            if not sizes:
+                options_parser.error(f"{options.program} lacks no weights: export it with its weights outside")
+            size = data_file.write(path, sizes)
         for cached in (True, False):
             reads, loads, memory = [], [], 0
             for _ in range(options.runs):
@@ -124,21 +154,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 reads.append(read_seconds(path))
                 if not cached:
                     forget(path)
-                seconds, most = load(device, path, options.dtype)
+                if options.program is None:
+                    seconds, most = load(device, path, options.dtype)
+                else:
+                    seconds, most = load_program(device, options.program, path)
                 loads.append(seconds)
                 memory = max(memory, most)
             read = float(np.median(reads))
             report.line(
                 "loading",
-                {"bytes": options.bytes},
-                options.dtype,
+                {"bytes": size} if options.program is None else {"bytes": size, "program": options.program.name},
+                options.dtype if options.program is None else "program",
                 Times.of(np.array(loads) * 1e6),
                 cached=cached,
                 read_us=float(f"{read * 1e6:.5g}"),
-                file_gb_per_s=float(f"{options.bytes / np.median(loads) / 1e9:.5g}"),
+                file_gb_per_s=float(f"{size / np.median(loads) / 1e9:.5g}"),
                 times_reading=float(f"{np.median(loads) / read:.4g}"),
                 peak_host_bytes=memory,
-                peak_host_of_file=float(f"{memory / options.bytes:.4g}"),
+                peak_host_of_file=float(f"{memory / size:.4g}"),
                 clock="host",
             )
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -65,6 +66,8 @@ class BatchSequences:
         self._copies = RowCopies(self.method.device, self.method.state, self.capacity)
         self._key = object()
         """Says in `State.user` that the state holds these sequences."""
+        self._finalizer = weakref.finalize(self, _free, self._loop, self._copies, self.method if self._owned else None)
+        self._finalizer.atexit = False
 
     def _make_loop(self, steps: int | None) -> None:
         try:
@@ -450,16 +453,8 @@ class BatchSequences:
 
     def close(self) -> None:
         """Free what this holds on the GPU, and the method if it was loaded here."""
-        if self.closed:
-            return
         self.closed = True
-        if self._loop is not None:
-            if self._loop.delegate.companion is self._loop:
-                self._loop.delegate.companion = None
-            self._loop.close()
-        self._copies.close()
-        if self._owned:
-            self.method.close()
+        self._finalizer()
 
     def __enter__(self) -> Self:
         return self
@@ -477,3 +472,13 @@ def _load(program: Program, constants: Mapping[str, Any]) -> Method:
             "(tokens, past, q_len); load it and pass it instead"
         )
     return program.load_method(names[0])
+
+
+def _free(loop: BatchLoop | None, copies: RowCopies, method: Method | None) -> None:
+    if loop is not None:
+        if loop.delegate.companion is loop:
+            loop.delegate.companion = None
+        loop.close()
+    copies.close()
+    if method is not None:
+        method.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,9 +51,7 @@ class Delegate:
         like: an open delegate of the same graph on another state; temporaries, live scalars and lowered nodes are
             shared with it.
     Raises:
-        MissingDataError, DeviceError: weights are missing or do not fit; what was uploaded for this delegate alone is
-        freed by
-            closing `weights`.
+        MissingDataError, DeviceError: weights are missing or do not fit; closing `weights` frees what was uploaded.
     """
 
     def __init__(
@@ -75,7 +75,9 @@ class Delegate:
         shared = Workspace(graph, device) if like is None else like.workspace
         self.workspace: Workspace = shared
         self.pool, self.live, self.read_back = shared.pool, shared.live, shared.read_back
-        self.planner = Planner(graph, device, self.pool, self.live, self._fixed)
+        # holds nothing of `self`: a delegate that nobody needs is freed at once, not by the garbage collector
+        fixed = functools.partial(_stored_buffer, graph, weights, state, self.source)
+        self.planner = Planner(graph, device, self.pool, self.live, fixed)
         self.planner.nodes = shared.nodes
         self.closed = False
         self.companion: Any = None
@@ -92,8 +94,10 @@ class Delegate:
         weights.load((graph.values[i] for i in stored if graph.values[i].kind == "constant"), self.source)
         for index in stored:
             if graph.values[index].kind == "mutable":
-                self._fixed(index)
+                fixed(index)
         shared.join()
+        self._leave = weakref.finalize(self, shared.leave)
+        self._leave.atexit = False
 
     def _check_fits(self) -> None:
         """Refuse a graph whose stored tensors this device cannot bind, before anything is uploaded."""
@@ -130,18 +134,13 @@ class Delegate:
             if value.kind == "mutable" and value.alias is None:
                 state.get(value, self.source)
 
-    def _fixed(self, index: int) -> Any:
-        value = self.graph.values[index]
-        return (self.weights if value.kind == "constant" else self.state).get(value, self.source)
-
     # -- inputs
 
     def bind(self, inputs: Sequence[tuple[str, HostArray]]) -> dict[Sym, int]:
         """Check the inputs against the graph and return the values of its free symbols.
 
         Raises:
-            InputError: count, dtype, rank, static size, symbol range or inconsistent dynamic sizes; names input and
-            limit.
+            InputError: count, dtype, rank, static size, symbol range, inconsistent sizes; names input and limit.
         """
         graph = self.graph
         if len(inputs) != len(graph.inputs):
@@ -153,11 +152,7 @@ class Delegate:
             for axis, size in enumerate(array.shape):
                 env[Sym("input_dim", (position, axis))] = size
 
-        def free(symbol: Sym) -> int:
-            if symbol not in env:
-                env[symbol] = self.element(symbol, inputs, free)
-            return env[symbol]
-
+        free = functools.partial(self._value, env, inputs)
         for symbol in self._symbols:
             self.check_range(symbol, free(symbol))
         for position, (index, (_, array)) in enumerate(zip(graph.inputs, inputs, strict=True)):
@@ -170,6 +165,12 @@ class Delegate:
                         + (f" (= {self.labels.named(dim)})" if isinstance(dim, Sym) else "")
                     )
         return env
+
+    def _value(self, env: dict[Sym, int], inputs: Sequence[tuple[str, HostArray]], symbol: Sym) -> int:
+        """The value of a free symbol, kept in `env`."""
+        if symbol not in env:
+            env[symbol] = self.element(symbol, inputs, functools.partial(self._value, env, inputs))
+        return env[symbol]
 
     def _check_type(self, position: int, value: Value, dtype: str, array: HostArray) -> None:
         wanted = "i64" if value.kind == "symint" else value.dtype
@@ -462,7 +463,13 @@ class Delegate:
             self.companion = None
         self.closed = True
         self._drop_plans()
-        self.workspace.leave()
+        self._leave()
+
+
+def _stored_buffer(graph: Graph, weights: Weights, state: State, source: DataSource, index: int) -> Any:
+    """The buffer of a constant or mutable value, made on first use."""
+    value = graph.values[index]
+    return (weights if value.kind == "constant" else state).get(value, source)
 
 
 def _check_data(graph: Graph, source: DataSource, weights: Weights) -> None:

@@ -413,22 +413,24 @@ def _call_kernel(plan: ExecutionPlan, stored: dict[int, Any], instruction: Kerne
     if with_torch:
         outside.load_torch(operator.full_name)
 
-    def resolve(value: Any) -> Any:
-        if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
-            return to_user(value[0], value[1], with_torch)
-        if isinstance(value, IntList | TensorList):
-            return [resolve(slots[i]) for i in value.items]
-        if isinstance(value, OptionalTensorList):
-            return [None if i < 0 else resolve(slots[i]) for i in value.items]
-        if isinstance(value, DoubleList | BoolList):
-            return list(value.items)
-        return value
-
     if with_torch:
         for index in outside.inputs(operator, instruction.args):
             if isinstance(slots[index], TensorMeta):  # read before anything wrote it: a buffer that starts as zeros
                 slots[index] = stored[index] = outside.empty(slots[index], slots[index].sizes)
-    outside.run(operator, instruction.args, slots, plan.values, resolve)
+    outside.run(operator, instruction.args, slots, plan.values, functools.partial(_resolve, slots, with_torch))
+
+
+def _resolve(slots: Sequence[Any], with_torch: bool, value: Any) -> Any:
+    """An argument as a kernel takes it."""
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
+        return to_user(value[0], value[1], with_torch)
+    if isinstance(value, IntList | TensorList):
+        return [_resolve(slots, with_torch, slots[i]) for i in value.items]
+    if isinstance(value, OptionalTensorList):
+        return [None if i < 0 else _resolve(slots, with_torch, slots[i]) for i in value.items]
+    if isinstance(value, DoubleList | BoolList):
+        return list(value.items)
+    return value
 
 
 def _pair(value: Any) -> tuple[str, Any]:

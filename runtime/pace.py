@@ -1,4 +1,4 @@
-"""How often to draft: speculative decoding that stops where it does not pay.
+"""How often and how much to draft: speculative decoding that stops where it does not pay.
 
 Drafting interrupts steps that otherwise run on the GPU one after the other, so drafts that are seldom right, and even
 asking for drafts where there are none, cost time. A round is a run of drafts and the tokens decoded without any after
@@ -30,6 +30,32 @@ RECENT = 6
 """Rounds that are judged together."""
 FORGET = 1.05
 """What a least time may grow by when it is measured again: steps take longer as the text grows."""
+
+FIRST = 7
+"""Tokens of a first draft: with the one before them as many as kernels take that read weights once."""
+
+
+class Reach:
+    """Says how many tokens to draft at a time: twice as many after drafts that were right, half as many after others.
+
+    Args:
+        most: tokens of a draft.
+        adaptive: False: always `most`.
+    Attributes:
+        tokens: to draft next.
+    """
+
+    def __init__(self, most: int, adaptive: bool) -> None:
+        self._most = most
+        self._least = min(most, FIRST) if adaptive else most
+        self.tokens = self._least
+
+    def judge(self, drafted: int, accepted: int) -> None:
+        """Of `drafted` tokens the first `accepted` were right."""
+        if accepted < drafted:
+            self.tokens = max(self.tokens // 2, self._least)
+        elif drafted == self.tokens:
+            self.tokens = min(2 * self.tokens + 1, self._most)
 
 
 class Pace:

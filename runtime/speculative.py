@@ -31,7 +31,7 @@ from .decoder import Convention
 from .delegate import Delegate
 from .errors import InputError, UnsupportedError, WebGPUDelegateError
 from .host import to_host
-from .pace import Pace
+from .pace import Pace, Reach
 from .plan import Plan
 from .replay import Replay
 from .resident import UNCHOSEN, Whole, find_whole
@@ -95,14 +95,15 @@ class NGram:
     For texts that repeat: code, quotations, summaries, rewriting.
 
     Attributes:
-        most: tokens proposed at a time. 7 makes calls of 8 tokens, up to which kernels that read weights once are used.
+        most: tokens proposed at a time, where drafts are right; they begin with 7.
         longest, shortest: lengths of the n-grams that are looked up, the longest first.
-        adaptive: whether to draft less where drafts were measured to take more time than they save.
+        adaptive: whether to draft less where drafts were measured to take more time than they save, and more tokens
+            at a time where they are right; False: always `most`.
     Raises:
         InputError: not 1 <= shortest <= longest, or `most` is not positive.
     """
 
-    most: int = 7
+    most: int = 31
     longest: int = 4
     shortest: int = 2
     adaptive: bool = True
@@ -238,8 +239,9 @@ class Speculator:
         self.session = session
         self.part = find_part(session)
         self.sampling = sampling
-        self.pace = Pace(alone, getattr(drafter, "adaptive", True))
-        self._most = min(drafter.most, self.part.convention.chunk - 1)
+        adaptive = getattr(drafter, "adaptive", True)
+        self.pace = Pace(alone, adaptive)
+        self._reach = Reach(min(drafter.most, self.part.convention.chunk - 1), adaptive)
         self._proposals = drafter.begin(session, sampling, session._seed)
         self._drafted = self._accepted = self._calls = 0
         self._verifier: Verifier | None = None
@@ -252,7 +254,7 @@ class Speculator:
 
     def draft(self, most: int) -> Sequence[int]:
         """At most `most` proposed ids; none where nothing speaks for any. InputError for ids that are none."""
-        count = min(most, self._most)
+        count = min(most, self._reach.tokens)
         found = list(self._proposals.draft(self.session._tokens, count))[:count] if count > 0 else []
         limit = self.part.convention.vocabulary
         wrong = [token for token in found if not 0 <= token < limit]
@@ -274,11 +276,13 @@ class Speculator:
                     raise WebGPUDelegateError(UNCHOSEN[token])
         else:
             chosen = self._choose(ids, position)
+        accepted = len(chosen) - 1
         self._drafted += len(draft)
-        self._accepted += len(chosen) - 1
+        self._accepted += accepted
         self._calls += 1
-        if len(chosen) > 1:
+        if accepted:
             self.pace.right()
+        self._reach.judge(len(draft), accepted)
         return chosen
 
     def _choose(self, ids: Sequence[int], position: int) -> list[int]:

@@ -85,6 +85,7 @@ class Workspace:
         """One delegate less; the last one frees everything."""
         self.users -= 1
         if self.users == 0:
+            self.holder = None
             for _, item in self._kept.values():
                 item.close()
             self._kept.clear()

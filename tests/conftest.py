@@ -1,13 +1,9 @@
-"""Records every shader variant that the tests compile, for `python -m tests.wgsl.tint` (see tests/wgsl/variants.py);
-frees what earlier tests left before a test that counts memory."""
+"""Records every shader variant that the tests compile, for `python -m tests.wgsl.tint` (see tests/wgsl/variants.py)."""
 
 from __future__ import annotations
 
-import functools
-import gc
-import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +28,6 @@ def _kernel(self: Device, key: KernelKey) -> Kernel:
         needs = (self.limits.max_invocations, self.limits.max_workgroup_memory)
         variants.add(_recorded.setdefault(test, {}), {key: needs})
     return kernel
-
-
-@functools.cache
-def _counts_memory(function: Callable[..., object]) -> bool:
-    """Whether a test, or a function of its file that it calls, looks at the device's memory."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    near = [vars(inspect.getmodule(function)).get(name) for name in getattr(code, "co_names", ())]
-    return any(
-        ".memory" in inspect.getsource(found)
-        for found in (function, *near)
-        if inspect.isfunction(found) and found.__module__ == function.__module__
-    )
-
-
-@pytest.fixture(autouse=True)
-def _settled(request: pytest.FixtureRequest) -> None:
-    """Programs that earlier tests dropped free their memory before, not while, a test counts it."""
-    if _counts_memory(request.function):
-        gc.collect()
 
 
 def pytest_configure() -> None:

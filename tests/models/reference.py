@@ -153,6 +153,17 @@ class Reference:
         if self._restart is not None:
             self._restart()
 
+    def state(self) -> list[torch.Tensor]:
+        """Copies of all buffers, for `restore`. AssertionError where there is state that is not in tensors."""
+        assert self._restart is None
+        return [buffer.detach().clone() for buffer in self._state]
+
+    @torch.no_grad()
+    def restore(self, state: list[torch.Tensor]) -> None:
+        """Go back to what `state` gave."""
+        for buffer, kept in zip(self._state, state, strict=True):
+            buffer.copy_(kept)
+
     @torch.no_grad()
     def __call__(self, tokens: np.ndarray, position: int) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """tokens int64 [S] at positions position..position+S -> what the program returns for them."""

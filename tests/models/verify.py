@@ -14,14 +14,13 @@ Each configuration is built in a process of its own (repeated exports in one int
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
 import json
 import multiprocessing
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,18 +30,17 @@ import torch
 
 from tests.models.catalogue import CONFIGS, build, find
 from tests.models.config import Built
+from tests.models.ties import agreeing
 
 TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (2e-3, 1e-2), "bf16": (2e-2, 5e-2)}
 """dtype -> (absolute, relative): |got - ref| <= absolute + relative * |ref|."""
 PREFILL = 9
-FRESH = 15
-"""Sequences that begin anew where activations are rounded (`flip_ratio`)."""
 
 
 @dataclass
 class Report:
     """What lowering and running a configuration gave. `worst` is the largest error in units of the tolerance (1.0: at
-    the limit)."""
+    the limit), `flipped` how many values at ties the reference rounded to the other side (`ties.py`)."""
 
     name: str
     route: str
@@ -54,6 +52,7 @@ class Report:
     dispatches: int = 0
     calls: int = 0
     worst: float = float("nan")
+    flipped: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     error: str = ""
 
@@ -114,16 +113,6 @@ def error_ratio(got: Any, reference: Any, dtype: str) -> float:
     return float(((got - reference).abs() / (absolute + relative * reference.abs())).max())
 
 
-def flip_ratio(got: Any, reference: Any) -> float:
-    """As `error_ratio` for a model that rounds activations to 8 bits: a value at a tie that falls to the other side
-    changes the logits by up to a few hundredths of their size, and those of all later calls through the caches. Most
-    first calls of one token have none: their median over FRESH sequences is judged as that of any model."""
-    got, reference = torch.as_tensor(got).double(), torch.as_tensor(reference).double()
-    if got.shape != reference.shape or bool(torch.isnan(got).any()):
-        return float("inf")
-    return float((got - reference).abs().max() / (0.05 * reference.abs().max()))
-
-
 def run(built: Built, pte: bytes, report: Report, device: str, steps: int) -> None:
     """Execute and compare; fills in the report."""
     from executorch_webgpu.runtime import Runtime
@@ -140,34 +129,32 @@ def run(built: Built, pte: bytes, report: Report, device: str, steps: int) -> No
     built.oracle.cache_dtype = torch.float16 if built.config.dtype == "fp16" and on.limits.f16 else None
     built.oracle.reset()
 
-    def call(tokens: np.ndarray[Any, Any], position: int, ratio: Callable[[Any, Any], float]) -> float:
+    def call(tokens: np.ndarray[Any, Any], position: int) -> float:
         """Run both; the largest ratio of the outputs."""
         before = on.counters.copy()
         got = method.execute(list(built.make_inputs(tokens, position)))
         report.dispatches = on.counters.since(before).dispatches
-        reference = built.oracle(tokens, position)
-        references = reference if isinstance(reference, tuple | list) else (reference,)
         if built.config.option("user_caches"):
             got = got[2:]  # ExecuTorch returns the new values of mutated inputs before the model's own outputs
-        if len(got) != len(references):
-            raise AssertionError(f"{len(got)} outputs, the reference has {len(references)}")
         report.calls += 1
-        return max((ratio(g, r) for g, r in zip(got, references, strict=True)), default=0.0)
 
-    exact = functools.partial(error_ratio, dtype=built.config.dtype)
-    rounds, position, worst = built.config.rounds_activations, 0, 0.0
+        def ratio(references: tuple[Any, ...]) -> float:
+            if len(got) != len(references):
+                raise AssertionError(f"{len(got)} outputs, the reference has {len(references)}")
+            return max((error_ratio(g, r, built.config.dtype) for g, r in zip(got, references, strict=True)), default=0)
+
+        if built.config.rounds_activations:
+            found, flipped = agreeing(built.oracle, tokens, position, ratio)
+            report.flipped += flipped
+            return found
+        reference = built.oracle(tokens, position)
+        return ratio(reference if isinstance(reference, tuple | list) else (reference,))
+
+    position, worst = 0, 0.0
     for length in chunks(built, steps):
-        tokens = generator.integers(0, built.vocab, length)
-        worst = max(worst, call(tokens, position, flip_ratio if rounds else exact))
+        worst = max(worst, call(generator.integers(0, built.vocab, length), position))
         if built.stateful:
             position += length
-    if rounds:
-        firsts = []
-        for _ in range(FRESH):
-            method.reset()
-            built.oracle.reset()
-            firsts.append(call(generator.integers(0, built.vocab, built.min_seq), 0, exact))
-        worst = max(worst, float(np.median(firsts)))
     report.worst = worst
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 
 import pytest
 
-from executorch_webgpu.runtime.pace import LONGEST_WAIT, MOST_WAIT, SHORTEST_WAIT, TOLERATED, WITHOUT, Pace
+from executorch_webgpu.runtime.pace import LONGEST_WAIT, MOST_WAIT, SHORTEST_WAIT, TOLERATED, WITHOUT, Pace, Reach
 
 STEP = 1.0
 SWITCH = 9.0
@@ -152,3 +152,24 @@ def test_closing_the_tokens_closes_what_makes_them() -> None:
     next(watched)
     watched.close()
     assert closed
+
+
+@pytest.mark.parametrize(
+    ("most", "adaptive", "expected"),
+    [
+        (31, True, [7, 15, 31, 31, 15, 7, 7, 7, 15]),
+        (20, True, [7, 15, 20, 20, 10, 7, 7, 7, 15]),
+        (4, True, [4] * 9),
+        (31, False, [31] * 9),
+        (0, True, [0] * 9),
+    ],
+)
+def test_drafts_grow_where_they_are_right(most: int, adaptive: bool, expected: list[int]) -> None:
+    reach, seen = Reach(most, adaptive), []
+    for right in (True, True, True, False, False, False, None, True, True):
+        seen.append(reach.tokens)
+        if right is None:
+            reach.judge(2, 2)  # fewer were proposed: nothing speaks for more
+        else:
+            reach.judge(reach.tokens, reach.tokens if right else 0)
+    assert seen == expected

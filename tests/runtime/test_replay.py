@@ -348,9 +348,9 @@ def weights_of(program: Program) -> list[tuple[str, Any]]:
     found = []
     for method in program._family:
         for delegate in method.delegates:
-            for index, value in enumerate(delegate.graph.values):
+            for value in delegate.graph.values:
                 if value.kind == "constant" and value.alias is None:
-                    found.append((value.name.split("_")[-1].split(".")[-1], delegate._fixed(index)))
+                    found.append((value.name.split("_")[-1].split(".")[-1], delegate.weights.get(value, delegate.source)))
     return list({id(buffer): (name, buffer) for name, buffer in found}.values())
 
 
