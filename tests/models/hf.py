@@ -176,12 +176,16 @@ class _Eager:
             found += [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
         return list({id(tensor): tensor for tensor in found}.values())
 
-    def restart(self) -> None:
-        """Resets what transformers' sliding window layers count in Python."""
+    def counting(self) -> list[Any]:
+        """transformers' sliding window layers, which count in Python."""
         inner = self.module.model
-        for layer in (getattr(inner, "static_cache", None) or inner.cache).layers:
-            if hasattr(layer, "cumulative_length"):
-                layer.cumulative_length = 0
+        layers = (getattr(inner, "static_cache", None) or inner.cache).layers
+        return [layer for layer in layers if hasattr(layer, "cumulative_length")]
+
+    def restart(self) -> None:
+        """Resets what sliding window layers count."""
+        for layer in self.counting():
+            layer.cumulative_length = 0
 
     def __call__(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         self._wrapper._register_custom_attention(self.module)  # a global table, so again before each call
@@ -198,7 +202,7 @@ def _reference(eager: _Eager, precise: bool) -> Reference:
     def call(tokens: np.ndarray, position: int) -> torch.Tensor:
         return eager(*make_inputs(tokens, position))
 
-    return Reference(eager.module, call, precise, eager.buffers, eager.restart)
+    return Reference(eager.module, call, precise, eager.buffers, eager.restart if eager.counting() else None)
 
 
 def build(config: Config) -> Built:

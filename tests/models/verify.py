@@ -102,15 +102,13 @@ def chunks(built: Built, steps: int) -> list[int]:
     return calls + ([min(4, rest)] if rest > 1 else [])
 
 
-def error_ratio(got: Any, reference: Any, dtype: str) -> float:
-    """The largest error in units of the tolerance; infinite for a shape or NaN mismatch."""
+def errors(got: Any, reference: Any, dtype: str) -> torch.Tensor:
+    """The error of each element in units of the tolerance, f64[N]; infinite for a shape or NaN mismatch."""
     absolute, relative = TOLERANCES[dtype]
     got, reference = torch.as_tensor(got).double(), torch.as_tensor(reference).double()
     if got.shape != reference.shape or bool(torch.isnan(got).any()):
-        return float("inf")
-    if got.numel() == 0:
-        return 0.0
-    return float(((got - reference).abs() / (absolute + relative * reference.abs())).max())
+        return torch.tensor([float("inf")], dtype=torch.float64)
+    return ((got - reference).abs() / (absolute + relative * reference.abs())).reshape(-1)
 
 
 def run(built: Built, pte: bytes, report: Report, device: str, steps: int) -> None:
@@ -138,17 +136,18 @@ def run(built: Built, pte: bytes, report: Report, device: str, steps: int) -> No
             got = got[2:]  # ExecuTorch returns the new values of mutated inputs before the model's own outputs
         report.calls += 1
 
-        def ratio(references: tuple[Any, ...]) -> float:
+        def compare(references: tuple[Any, ...]) -> torch.Tensor:
             if len(got) != len(references):
                 raise AssertionError(f"{len(got)} outputs, the reference has {len(references)}")
-            return max((error_ratio(g, r, built.config.dtype) for g, r in zip(got, references, strict=True)), default=0)
+            found = [errors(g, r, built.config.dtype) for g, r in zip(got, references, strict=True)]
+            return torch.cat([*found, torch.zeros(1, dtype=torch.float64)])
 
         if built.config.rounds_activations:
-            found, flipped = agreeing(built.oracle, tokens, position, ratio)
+            worst, flipped = agreeing(built.oracle, tokens, position, compare)
             report.flipped += flipped
-            return found
+            return worst
         reference = built.oracle(tokens, position)
-        return ratio(reference if isinstance(reference, tuple | list) else (reference,))
+        return float(compare(reference if isinstance(reference, tuple | list) else (reference,)).max())
 
     position, worst = 0, 0.0
     for length in chunks(built, steps):
