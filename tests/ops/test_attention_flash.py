@@ -252,7 +252,7 @@ def test_variants_by_shuffle() -> None:
     """Shuffles among fewer lanes than the device permits, down to none."""
     most = device("full").limits.subgroup_size
     case = Case(2, 1, 16, 40, 100, 60)
-    assert most >= 8, "the tests' adapter has subgroups"
+    assert most >= 4, "the adapter has no subgroups"
     for lanes in (1, 2, 4):
         loaded = Flash(case, "full", "medium")
         old = loaded.device.limits
