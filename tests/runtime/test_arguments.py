@@ -113,10 +113,12 @@ def test_requests_leave_their_rows_where_a_run_fails() -> None:
         assert len(batch.run([Request([5, 6], 3, ())])[0].tokens) == 3
 
 
-def test_generators_begin_in_threads_on_a_device_that_has_compiled_nothing() -> None:
-    """Plans are made, and temporaries grow, while others run."""
+@pytest.mark.parametrize("trial", range(3))
+def test_generators_begin_in_threads_on_a_device_that_has_compiled_nothing(trial: int) -> None:
+    """Plans are made, and temporaries grow, while others run: without the lock, about every second trial submits a step
+    whose buffers another thread has just replaced, or mixes up tokens."""
     program = Runtime(Device.create()).load_program(build("llama").pte)
-    prompts = [tuple((3 * i + k) % 250 for i in range(1 + 2 * k)) for k in range(5)]
+    prompts = [tuple((3 * i + k) % 250 for i in range(1 + k)) for k in range(20 - trial)]
     start = threading.Barrier(len(prompts))
     found: dict[int, tuple[int, ...]] = {}
 
