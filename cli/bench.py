@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -16,7 +15,7 @@ from ..runtime.device import Device
 from ..runtime.errors import DeviceError, InputError
 from .costs import KernelCost
 from .decoders import Decoder, Profile, seconds
-from .peers import PeerResult
+from .peers import PeerResult, package_version
 
 PREFILL, DECODE, DEPTH = 512, 128, 512
 """What is measured unless told otherwise, as far as the program's capacity goes."""
@@ -120,7 +119,7 @@ class Report:
         return {
             "program": self.program,
             "device": {"name": info["device"], "driver": info["description"], "backend": info["backend_type"]},
-            "versions": {name: _version(name) for name in ("executorch-webgpu", "wgpu", "numpy")},
+            "versions": {name: package_version(name) for name in ("executorch-webgpu", "wgpu", "numpy")},
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "settings": {**asdict(self.work), "batch": decoder.batch, "random_weights": self.random_weights},
             "decoder": {
@@ -134,14 +133,6 @@ class Report:
             "no_kernel_times": self.no_profile,
             "peers": [asdict(peer) for peer in self.peers],
         }  # fmt: skip
-
-
-def _version(name: str) -> str | None:
-    """None where the package runs from its sources without being installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _phase(phase: Phase) -> dict[str, Any]:

@@ -257,11 +257,14 @@ def bench(
         work = Work.fit(decoder, prefill, decode, depth, repetitions, warm_up)
         with status.status("measuring") as line:
             report = measure(model, device, decoder, work, took, program.random_count, line.update)
+            job = peers.Job(work.prefill, work.decode, work.depth, repetitions, gguf, warm_up)
+            failed: list[peers.PeerError] = []
             for peer in compare:
                 line.update(peer)
-                report.peers.append(
-                    peers.run(peer, peers.Job(work.prefill, work.decode, work.depth, repetitions, gguf))
-                )
+                try:
+                    report.peers.append(peers.run(peer, job))
+                except peers.PeerError as error:  # what was measured is shown nevertheless
+                    failed.append(error)
         if trace is not None:
             if report.no_profile is not None:
                 raise DeviceError(f"no trace: {report.no_profile}")
@@ -270,10 +273,12 @@ def bench(
         text = json.dumps(report.record(), indent=2)
         if json_file == "-":
             click.echo(text)
-            return
-        bench_tables.show(console(), report)
-        if json_file is not None:
-            Path(json_file).write_text(f"{text}\n", encoding="utf-8")
+        else:
+            if json_file is not None:
+                Path(json_file).write_text(f"{text}\n", encoding="utf-8")
+            bench_tables.show(console(), report)
+        if failed:
+            raise peers.PeerError("; ".join(map(str, failed)))
 
 
 @cli.command()

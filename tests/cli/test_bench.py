@@ -1,10 +1,8 @@
-"""`executorch-webgpu bench`: what it measures and prints, its JSON and trace, peers, and errors."""
+"""`executorch-webgpu bench`: what it measures and prints, its JSON and trace, and errors."""
 
 from __future__ import annotations
 
 import json
-import stat
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from executorch_webgpu.backend.graph import Graph, Node, Ref, Sym, Value
-from executorch_webgpu.cli import decoders, peers
+from executorch_webgpu.cli import decoders
 from executorch_webgpu.cli.bench import Spread, Work
 from executorch_webgpu.cli.chrome_trace import events
 from executorch_webgpu.cli.commands import cli
@@ -333,134 +331,3 @@ def test_a_bar_shows_on_a_terminal_only() -> None:
     text = out.export_text()
     assert "loading weights" in text
     assert "12.0/12.0 MiB" in text
-
-
-# -- peers
-
-LLAMA = """#!{python}
-import json, sys
-with open({log!r}, "a") as file:
-    file.write(json.dumps(sys.argv[1:]) + "\\n")
-prompt = int(sys.argv[sys.argv.index("-p") + 1])
-if {broken!r} == "exit":
-    sys.exit("no device")
-if {broken!r} == "text":
-    print("| model |")
-else:
-    rate = 1000.5 if prompt else 70.25
-    print(json.dumps([{{"build_commit": "abc", "backends": "Vulkan", "avg_ts": rate, "stddev_ts": 2.0}}]))
-"""
-
-
-def llama(folder: Path, broken: str = "") -> tuple[str, str, Path]:
-    """(--compare, --gguf, log) of a program that answers as llama-bench does."""
-    binary, log, gguf = folder / "llama-bench", folder / "log", folder / "model.gguf"
-    binary.write_text(LLAMA.format(python=sys.executable, log=str(log), broken=broken))
-    binary.chmod(binary.stat().st_mode | stat.S_IXUSR)
-    gguf.write_bytes(b"GGUF")
-    return f"llama-bench={binary}", str(gguf), log
-
-
-def test_llama_bench(model: str, tmp_path: Path) -> None:
-    compare, gguf, log = llama(tmp_path)
-    args = ("--prefill", "4", "--decode", "3", "--depth", "2", *QUICK, "--compare", compare, "--gguf", gguf)
-    result = bench(model, "--random-weights", *args)
-    assert result.exit_code == 0, result.output
-    assert "llama-bench (abc, Vulkan)" in result.stdout
-    assert "1,000.5" in result.stdout
-    assert "70.2" in result.stdout
-    first, second = ([*map(str, json.loads(line))] for line in log.read_text().splitlines())
-    common = ["-m", gguf, "-r", "2", "-ngl", "99", "-fa", "1", "-o", "json"]
-    assert first == [*common, "-p", "4", "-n", "0"]
-    assert second == [*common, "-p", "0", "-n", "3", "-d", "2"]
-    [peer] = measured(model, "--random-weights", *args)["peers"]
-    assert (peer["prefill_tokens_per_second"], peer["decode_tokens_per_second"]) == (1000.5, 70.25)
-    assert (peer["prefill_deviation"], peer["model"]) == (2.0, gguf)
-
-
-@pytest.mark.parametrize(
-    ("broken", "message"),
-    [("exit", "llama-bench ended with 1: no device"), ("text", "llama-bench's JSON is not what was expected")],
-)
-def test_a_llama_bench_that_fails(tmp_path: Path, broken: str, message: str) -> None:
-    compare, gguf, _ = llama(tmp_path, broken)
-    with pytest.raises(peers.PeerError, match=message):
-        peers.run(compare, peers.Job(4, 3, 2, 1, gguf))
-
-
-def test_peers_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare, gguf, _ = llama(tmp_path)
-    with pytest.raises(peers.PeerError, match="no llama-bench at /nowhere/llama-bench"):
-        peers.run("llama-bench=/nowhere/llama-bench", peers.Job(4, 3, 2, 1, gguf))
-    with pytest.raises(peers.PeerError, match=r"missing\.gguf: no such file"):
-        peers.run(compare, peers.Job(4, 3, 2, 1, "missing.gguf"))
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(peers.PeerError, match="llama-bench is not in PATH"):
-        peers.run("llama-bench", peers.Job(4, 3, 2, 1, gguf))
-    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
-    with pytest.raises(peers.PeerError, match="pip install onnxruntime-genai"):
-        peers.run(f"onnxruntime-genai={tmp_path}", peers.Job(4, 3, 2, 1))
-
-
-class FakeGenai(types.ModuleType):
-    """The calls of ONNX Runtime GenAI that are used, and a note of each."""
-
-    __version__ = "0.18"
-
-    def __init__(self, fails: bool = False) -> None:
-        super().__init__("onnxruntime_genai")
-        self.notes: list[tuple[Any, ...]] = []
-        notes = self.notes
-
-        class Config:
-            def __init__(self, folder: str) -> None:
-                notes.append(("config", folder))
-
-            def clear_providers(self) -> None:
-                notes.append(("clear",))
-
-            def append_provider(self, name: str) -> None:
-                if fails:
-                    raise RuntimeError("no WebGPU in this build")
-                notes.append(("provider", name))
-
-        class GeneratorParams:
-            def __init__(self, model: Any) -> None:
-                pass
-
-            def set_search_options(self, **options: Any) -> None:
-                notes.append(("length", options["max_length"], options["do_sample"]))
-
-        class Generator:
-            def __init__(self, model: Any, options: Any) -> None:
-                pass
-
-            def append_tokens(self, tokens: list[int]) -> None:
-                notes.append(("append", len(tokens)))
-
-            def generate_next_token(self) -> None:
-                notes.append(("next",))
-
-        self.Config, self.GeneratorParams, self.Generator = Config, GeneratorParams, Generator
-        self.Model = lambda config: object()
-
-
-def test_onnxruntime_genai(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeGenai()
-    monkeypatch.setitem(sys.modules, "onnxruntime_genai", fake)
-    (tmp_path / "genai_config.json").write_text("{}")
-    found = peers.run(f"onnxruntime-genai={tmp_path}", peers.Job(4, 3, 2, 1))
-    assert found.about == "0.18 WebGPU"
-    assert min(found.prefill_tokens_per_second or 0, found.decode_tokens_per_second or 0) > 0
-    prefill = [("length", 5, False), ("append", 4), ("next",)]
-    decode = [("length", 6, False), ("append", 2), *[("next",)] * 4]
-    assert fake.notes == [("config", str(tmp_path)), ("clear",), ("provider", "webgpu"), *prefill * 2, *decode * 2]
-
-
-def test_onnxruntime_genai_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime_genai", FakeGenai(fails=True))
-    with pytest.raises(peers.PeerError, match=r"has no genai_config\.json"):
-        peers.run(f"onnxruntime-genai={tmp_path}", peers.Job(4, 3, 2, 1))
-    (tmp_path / "genai_config.json").write_text("{}")
-    with pytest.raises(peers.PeerError, match="does not run here: no WebGPU in this build"):
-        peers.run(f"onnxruntime-genai={tmp_path}", peers.Job(4, 3, 2, 1))
