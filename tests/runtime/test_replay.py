@@ -350,7 +350,8 @@ def weights_of(program: Program) -> list[tuple[str, Any]]:
         for delegate in method.delegates:
             for value in delegate.graph.values:
                 if value.kind == "constant" and value.alias is None:
-                    found.append((value.name.split("_")[-1].split(".")[-1], delegate.weights.get(value, delegate.source)))
+                    buffer = delegate.weights.get(value, delegate.source)
+                    found.append((value.name.split("_")[-1].split(".")[-1], buffer))
     return list({id(buffer): (name, buffer) for name, buffer in found}.values())
 
 
