@@ -1,4 +1,5 @@
-"""Attention of many query rows with register tiles: see wgsl/attention_flash.wgsl, wgsl/attention_flash_merge.wgsl."""
+"""Attention of many query rows with register tiles: see wgsl/attention_flash.wgsl, attention_flash_wide.wgsl (more keys
+a tile) and attention_flash_merge.wgsl (split keys)."""
 
 from __future__ import annotations
 
@@ -11,8 +12,12 @@ from .attention_common import Problem, bindings_of, consts_of, dispatch_of, powe
 from .base import Dispatch, Limits, Lowering, Param
 from .packed_cache import bits_of, scales_part
 
-KEYS = 64
-"""Keys of a tile: four for each of the 16 lanes that share a row."""
+HALF = 64
+"""Keys whose probabilities are in workgroup memory at a time: four for each of the 16 lanes that share a row."""
+WIDE_KEYS = 128
+"""Keys of a tile of attention_flash_wide.wgsl: eight scores of each of eight rows a lane."""
+WIDE_FROM = {16: 1024, 32: 4096}
+"""vec4 columns of values in workgroup memory -> rows of the cache from which tiles of WIDE_KEYS are faster."""
 COLUMNS = 32
 """vec4 value columns of one workgroup; wider heads take several, each of which computes the scores again."""
 TARGET_WORKGROUPS = 128
@@ -28,7 +33,7 @@ MERGE_LANES = 128
 
 _SIZES = {"large": (128, 512), "medium": (64, 512), "small": (32, 256)}
 """Name -> rows of a workgroup, vec4s of values in workgroup memory."""
-VARIANTS = ("auto", *_SIZES, *(f"{size}-whole" for size in _SIZES))
+VARIANTS = ("auto", *_SIZES, *(f"{size}-whole" for size in _SIZES), "large-wide", "medium-wide")
 """Names that `choose_flash` knows; those that a device cannot run, or that change nothing there, give no choice."""
 
 
@@ -42,6 +47,7 @@ class FlashChoice:
         value_keys: keys whose values are in workgroup memory at a time.
         shuffle: lanes that exchange maxima by subgroup shuffles; 1: all through workgroup memory.
         splits: ranges of the keys of a tile; 1: no partial results.
+        keys: keys of a tile, 64 or, where there is no mask, 128.
     """
 
     rows: int
@@ -49,6 +55,7 @@ class FlashChoice:
     value_keys: int
     shuffle: int
     splits: int
+    keys: int = HALF
 
     @property
     def invocations(self) -> int:
@@ -61,9 +68,9 @@ def value_width(dv: int) -> int:
 
 
 def flash_memory(choice: FlashChoice, dv: int) -> int:
-    """Bytes of workgroup memory of attention_flash.wgsl at a value head size of `dv`."""
-    scores = (choice.rows + KEYS) * (choice.chunk + 1)
-    probs = KEYS * (choice.rows // 4 + 2)
+    """Bytes of workgroup memory of attention_flash.wgsl or attention_flash_wide.wgsl at a value head size of `dv`."""
+    scores = (choice.rows + choice.keys) * (choice.chunk + 1)
+    probs = HALF * (choice.rows // 4 + 2)
     exchange = 16 // choice.shuffle * (choice.rows // 4)
     return 16 * max(scores, probs + max(choice.value_keys * value_width(dv), exchange))
 
@@ -92,7 +99,8 @@ def _splits(problem: Problem, rows: int, limits: Limits) -> int:
 def variants(problem: Problem, limits: Limits) -> dict[str, FlashChoice]:
     """The choices that are sensible for a problem on a device, by name; none for head sizes that are no multiple of 4.
 
-    "large", "medium", "small" have 128, 64, 32 rows a workgroup; "-whole": no splits.
+    "large", "medium", "small" have 128, 64, 32 rows a workgroup; "-whole": no splits; "-wide": no splits, tiles of
+    128 keys where there is no mask.
     """
     found: dict[str, FlashChoice] = {}
     if problem.d % 4 or problem.dv % 4 or problem.dv == 0:
@@ -100,7 +108,7 @@ def variants(problem: Problem, limits: Limits) -> dict[str, FlashChoice]:
     shuffle = min(16, power_of_two_up_to(max(1, limits.subgroup_size // 2)))  # two rows share a subgroup
     for size, (rows, values) in _SIZES.items():
         chunk = 8 if vec4s(problem.d) % 8 == 0 and rows > 32 else 4
-        value_keys = min(KEYS, values // value_width(problem.dv))
+        value_keys = min(HALF, values // value_width(problem.dv))
         choice = FlashChoice(rows, chunk, value_keys, shuffle, _splits(problem, rows, limits))
         fits = choice.invocations <= limits.max_invocations
         if not fits or flash_memory(choice, problem.dv) > limits.max_workgroup_memory:
@@ -108,6 +116,8 @@ def variants(problem: Problem, limits: Limits) -> dict[str, FlashChoice]:
         found[size] = choice
         if choice.splits > 1:
             found[f"{size}-whole"] = replace(choice, splits=1)
+        if rows > 32:  # at most four loads of keys a lane
+            found[f"{size}-wide"] = replace(choice, splits=1, keys=WIDE_KEYS, chunk=min(choice.chunk, rows // 16))
     return found
 
 
@@ -115,7 +125,8 @@ def choose_flash(problem: Problem, limits: Limits, variant: str = "auto") -> Fla
     """The division of the flash route, or None where the device or the head sizes permit none.
 
     "auto" takes the largest tiles of which there are enough to fill a device, with split keys where these help. Where
-    the rows are most of the keys, causal tiles differ in their work, and twice as many are needed for a balance.
+    the rows are most of the keys, causal tiles differ in their work, and twice as many are needed for a balance. Large
+    tiles over long caches that are not split take WIDE_KEYS keys at a time.
     """
     known = variants(problem, limits)
     if variant != "auto":
@@ -129,7 +140,8 @@ def choose_flash(problem: Problem, limits: Limits, variant: str = "auto") -> Fla
             and _groups(problem, rows) * known[size].splits >= wanted
             and (rows == 32 or count > rows // 2)
         ):
-            return known[size]
+            wide = known[size].splits == 1 and problem.capacity >= WIDE_FROM[value_width(problem.dv)]
+            return known["large-wide" if size == "large" and wide else size]
     return next(iter(known.values()), None)
 
 
@@ -166,13 +178,14 @@ def flash(
         consts[f"{letter}STEP"] = 2 if halves else 1
         kinds[letter] = "vec4<u32>" if halves else types[letter]
         kinds[f"{letter}Wide"] = "vec4<u32>" if halves else "vec4<f32>"
+    tensors = bindings_of(ctx, args, "key", "value", "mask", "sink")
+    kernel = "attention_flash_wide" if choice.keys == WIDE_KEYS and "mask" not in tensors else "attention_flash"
     partial = ctx.scratch("f32", choice.splits * split_bytes(problem) // 4) if split else out.value
     own: dict[str, Param] = {"total": total, "tiles": tiles, "splits": choice.splits}
-    tensors = bindings_of(ctx, args, "key", "value", "mask", "sink")
     bindings = {**tensors, "queries": ctx.id(args["query"]), "out": partial}
     cells = (scales_part(args), "flash_packed") if bits_of(args) else ("flash_cells",)
-    shared = ("rules", "scores", "flash_ranges", *cells, "flash_loads", "flash_tiles")
-    first = dispatch_of(ctx, "attention_flash", bindings, every, own, total, consts, kinds, shared)
+    shared = ("rules", "scores", "flash_ranges", "flash_rows", *cells, "flash_loads", "flash_tiles")
+    first = dispatch_of(ctx, kernel, bindings, every, own, total, consts, kinds, shared)
     yield replace(first, body=first.body + _neighbour(choice.shuffle))
     if not split:
         return

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from .branches import pruned
+
 LIVE_SLOTS = 64
 """Live scalars that one dispatch can see: the size of the `live` window (256 bytes, WebGPU's default uniform
 alignment)."""
@@ -32,6 +34,7 @@ _PARAMS = re.compile(r"struct\s+Params\s*\{([^}]*)\}", re.S)
 _FIELD = re.compile(r"(\w+)\s*:\s*(array<[^>]*>\s*,\s*\d+\s*>|[\w<>]+)")
 _OVERRIDE = re.compile(r"override\s+(\w+)\s*:\s*(\w+)")
 _UNCHECKED = re.compile(r"^// Unchecked: \S", re.M)
+_PRUNED = re.compile(r"^// Pruned: \S", re.M)
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 
 _F16 = re.compile(r"\bf16\b")
@@ -168,6 +171,7 @@ def compose(
 ) -> str:
     """The complete shader text: the file, with the declarations of a variant put after it and `enable` lines before it.
 
+    Of a file whose head has a line that begins with "Pruned:", what the variant's constants decide is taken out.
     `dialect` is `naga` (wgpu) or `tint` (Dawn, browsers): naga refuses `enable subgroups;`, which Tint demands.
     """
     text = source(kernel)
@@ -181,4 +185,5 @@ def compose(
     if dialect == "tint" and "subgroup" in _COMMENT.sub("", text + body):
         head.append("enable subgroups;")
     tail = LIVE_VALUE if "live" in reflect(kernel).bindings else ""
-    return "\n".join([*head, text, *lines, tail + body])
+    whole = "\n".join([*head, text, *lines, tail + body])
+    return pruned(whole) if _PRUNED.search(text) else whole

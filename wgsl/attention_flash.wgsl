@@ -25,9 +25,9 @@
 // Unchecked: rows are clamped to the last one, keys to the last one below key_limit <= capacity (nothing is loaded where there is none),
 // columns are below D4 and DV4; the host has checked that the tensors have these sizes; mask and sink are read at clamped rows and heads;
 // indices of workgroup memory follow from lane < LANES.
-// Appended: attention_whole.wgsl or ragged_rows.wgsl with attention_ragged.wgsl, attention_rules.wgsl, attention_scores.wgsl, attention_flash_ranges.wgsl,
-// attention_flash_cells.wgsl or attention_flash_packed.wgsl (with attention_scales.wgsl), attention_flash_loads.wgsl,
-// attention_flash_tiles.wgsl, `neighbour`.
+// Appended: attention_whole.wgsl or ragged_rows.wgsl with attention_ragged.wgsl, attention_rules.wgsl, attention_scores.wgsl,
+// attention_flash_ranges.wgsl, attention_flash_rows.wgsl, attention_flash_cells.wgsl or attention_flash_packed.wgsl (with
+// attention_scales.wgsl), attention_flash_loads.wgsl, attention_flash_tiles.wgsl, `neighbour`.
 
 @group(0) @binding(0) var<storage, read> queries: array<QVec>;
 @group(0) @binding(1) var<storage, read> key: array<K>;
@@ -81,87 +81,6 @@ const LOG2E = 1.4426950408889634;
 const UNIT = select(LOG2E, 1.0, FOLD != 0u); // of a row's maximum, in powers of two
 
 var<workgroup> shared_tile: array<vec4<f32>, max((QROWS + KEYS) * PITCH, V_AT + max(VKEYS * VW, PARTS * 2u * TY))>;
-
-/// Rows of a KV head by number, four of them: query rows and heads.
-struct Rows {
-    row: vec4<u32>,
-    head: vec4<u32>,
-}
-
-fn rows_at(number: u32, b: u32, kv_head: u32) -> Rows {
-    let n = min(vec4<u32>(number) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(last_number(b)));
-    let row = n / params.group;
-    return Rows(row, kv_head * params.group + (n - row * params.group));
-}
-
-/// Scores from dot products. With FOLD they stay as they are, and `powers` scales.
-fn finished(dots: vec4<f32>) -> vec4<f32> {
-    if (FOLD != 0u) {
-        return dots;
-    }
-    let x = dots * params.scale;
-    return vec4<f32>(capped(x.x), capped(x.y), capped(x.z), capped(x.w));
-}
-
-/// The scores of one key against four rows, after cap, mask and the rows' ranges.
-fn judge(dots: vec4<f32>, b: u32, rows: Rows, j: u32, firsts: vec4<u32>, limits: vec4<u32>) -> vec4<f32> {
-    var x = finished(dots);
-    if (MASK != 0u && j < params.capacity) {
-        x.x = masked(x.x, b, rows.head.x, rows.row.x, j);
-        x.y = masked(x.y, b, rows.head.y, rows.row.y, j);
-        x.z = masked(x.z, b, rows.head.z, rows.row.z, j);
-        x.w = masked(x.w, b, rows.head.w, rows.row.w, j);
-    }
-    return select(x, vec4<f32>(params.minus_inf), (vec4<u32>(j) >= limits) | (vec4<u32>(j) < firsts));
-}
-
-fn limits_of(b: u32, row: vec4<u32>) -> vec4<u32> {
-    return vec4<u32>(key_limit(b, row.x), key_limit(b, row.y), key_limit(b, row.z), key_limit(b, row.w));
-}
-
-fn firsts_of(b: u32, row: vec4<u32>) -> vec4<u32> {
-    return vec4<u32>(key_first(b, row.x), key_first(b, row.y), key_first(b, row.z), key_first(b, row.w));
-}
-
-/// The factor of a score on the way to the unit of maxima: powers of two with FOLD, else natural ones.
-fn factor() -> f32 {
-    return select(1.0, params.scale * LOG2E, FOLD != 0u);
-}
-
-/// Probabilities of scores, up to the factor that belongs to the row's maximum.
-fn powers(scores: vec4<f32>, top: vec4<f32>) -> vec4<f32> {
-    if (FOLD != 0u) {
-        return exp2(fma(scores, vec4<f32>(factor()), -top));
-    }
-    return exp2((scores - top) * LOG2E); // scores may be as low as floats go: no factor before the difference
-}
-
-/// The largest component among the lanes of a row that shuffle together.
-fn shuffled_max(own: vec4<f32>) -> vec4<f32> {
-    var x = own;
-    if (SUB > 1u) { x = max(x, neighbour(x, 2u)); }
-    if (SUB > 2u) { x = max(x, neighbour(x, 4u)); }
-    if (SUB > 4u) { x = max(x, neighbour(x, 8u)); }
-    if (SUB > 8u) { x = max(x, neighbour(x, 16u)); }
-    return x;
-}
-
-fn shuffled_sum(own: vec4<f32>) -> vec4<f32> {
-    var x = own;
-    if (SUB > 1u) { x += neighbour(x, 2u); }
-    if (SUB > 2u) { x += neighbour(x, 4u); }
-    if (SUB > 4u) { x += neighbour(x, 8u); }
-    if (SUB > 8u) { x += neighbour(x, 16u); }
-    return x;
-}
-
-/// The lane's eight rows' numbers, put where the other lanes of the rows find them.
-fn give(lo: vec4<f32>, hi: vec4<f32>, ty: u32, tx: u32) {
-    if (tx % SUB == 0u) {
-        shared_tile[V_AT + (tx / SUB) * 2u * TY + ty] = lo;
-        shared_tile[V_AT + (tx / SUB) * 2u * TY + TY + ty] = hi;
-    }
-}
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) lane: u32) {

@@ -1,5 +1,6 @@
-// No kernel: how `attention_flash` reads caches of floats; appended to it. One load is KSTEP (VSTEP) vec4 columns of a row: four floats, or eight
-// halves as four pairs. Needs: `key`, `value`; alias KWide, VWide (what one of their elements converts to); const KSTEP, VSTEP.
+// No kernel: how `attention_flash` and `attention_flash_wide` read caches of floats; appended to them. One load is KSTEP (VSTEP) vec4 columns of
+// a row: four floats, or eight halves as four pairs. Needs: `key`, `value`; alias KWide, VWide (what one of their elements converts to);
+// const KSTEP, VSTEP.
 
 /// Vec4 columns c .. c + KSTEP - 1 of the key row that starts at element `row`, as the cache holds them.
 fn key_bits(row: u32, c: u32) -> vec4<u32> {

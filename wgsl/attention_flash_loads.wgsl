@@ -1,7 +1,7 @@
-// No kernel: how `attention_flash` moves queries, keys and values from global to workgroup memory, and its results to global memory;
-// appended to it. `fetch_*` loads what falls to a lane of a chunk into registers, `place_*` stores it where the workgroup reads it, so
-// that a computation can stand between them. Columns that do not exist are zeros; in the place of
-// rows that do not exist stands the last one, whose scores are hidden or never stored.
+// No kernel: how `attention_flash` and `attention_flash_wide` move queries, keys and values from global to workgroup memory, and results to
+// global memory; appended to them. `fetch_*` loads what falls to a lane of a chunk into registers, `place_*` stores it where the workgroup
+// reads it, so that a computation can stand between them. Columns that do not exist are zeros; in the place of rows that do
+// not exist stands the last one, whose scores are hidden or never stored.
 //
 // Needs the bindings, params and constants of attention_flash.wgsl, and attention_flash_cells.wgsl or attention_flash_packed.wgsl.
 

@@ -1,4 +1,4 @@
-// No kernel: the products of `attention_flash`, from workgroup memory into a lane's scores and sums; appended to it.
+// No kernel: the products of `attention_flash` and `attention_flash_wide`, from workgroup memory into a lane's scores and sums; appended to them.
 //
 // Everything is a vector of a fixed name in a structure that functions take and return: an array indexed by a loop would leave registers.
 // Needs `shared_tile`, `powers` and the constants of attention_flash.wgsl.

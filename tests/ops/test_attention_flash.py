@@ -30,6 +30,7 @@ from tests.ops.attention_reference import Array, Attention, Case, arrays, assert
 HALF = (2e-3, 1e-2)
 ROOMY = Limits(max_workgroup_memory=49152, max_invocations=1024, subgroup_size=32)
 PLAIN = ["attention_flash"]
+WIDE = ["attention_flash_wide"]
 SPLIT = ["attention_flash", "attention_flash_merge"]
 
 
@@ -244,8 +245,18 @@ def test_variants(name: str) -> None:
     case = Case(4, 2, 64, 37, 290, 230, kv_dtype="f16", window=200)
     choice = choose_flash(problem_of(case), device("full").limits, name)
     assert choice is not None
-    assert (choice.splits == 1) == name.endswith("-whole")
-    check(case, "full", name, kernels=PLAIN if choice.splits == 1 else SPLIT)
+    assert (choice.splits == 1) == name.endswith(("-whole", "-wide"))
+    kernels = WIDE if name.endswith("-wide") else PLAIN if choice.splits == 1 else SPLIT
+    check(case, "full", name, kernels=kernels)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("pos", [0, 63, 64, 130])
+def test_wide_tiles(d: int, pos: int) -> None:
+    """Tiles of 128 keys of which the last one ends in the first or the second half, with a window too; f16, f32."""
+    case = Case(2, 2, d, 40, 190, pos, kv_dtype="f16" if pos % 2 else "f32")
+    check(case, "full", "medium-wide", kernels=WIDE)
+    check(case.with_(heads=1, kv_heads=1, batch=40, rows=5, window=100), "full", "medium-wide", kernels=WIDE)
 
 
 def test_variants_by_shuffle() -> None:
@@ -388,11 +399,11 @@ def test_an_unknown_variant_is_refused() -> None:
 
 def shader_memory(choice: FlashChoice, dv: int) -> int:
     """Bytes of the workgroup variables of attention_flash.wgsl, from its own text."""
-    text = wgsl.source("attention_flash")
+    text = wgsl.source("attention_flash" if choice.keys == 64 else "attention_flash_wide")
     known: dict[str, Any] = {"QROWS": choice.rows, "CHUNK": choice.chunk, "VKEYS": choice.value_keys}
     known |= {"SUB": choice.shuffle, "DV": dv, "min": min, "max": max}
     for name, formula in re.findall(r"^const (\w+) = ([^;]+);", text, re.M):
-        if name in ("KEYS", "TY", "DV4", "PITCH", "P_PITCH", "BLOCKS", "VW", "PARTS", "V_AT"):
+        if name in ("KEYS", "HALF", "TY", "DV4", "PITCH", "P_PITCH", "BLOCKS", "VW", "PARTS", "V_AT"):
             known[name] = eval(re.sub(r"(\d)u", r"\1", formula).replace("/", "//"), known)
     [size] = re.findall(r"var<workgroup> \w+: array<vec4<f32>, (.+)>;", text)
     total: int = 16 * eval(re.sub(r"(\d)u", r"\1", size), known)
@@ -425,7 +436,7 @@ def test_choices_fit_the_limits(memory: int, largest: int) -> None:
                 assert 1 <= choice.splits <= 64
                 assert choice.splits == 1 or choice.splits * split_bytes(problem) <= MAX_SCRATCH
                 # at most four loads of each tensor a lane
-                assert 64 * choice.chunk <= 4 * choice.invocations
+                assert choice.keys * choice.chunk <= 4 * choice.invocations
                 assert choice.value_keys * min(32, 16 * -(-d // 64)) <= 4 * choice.invocations
                 assert 64 % choice.value_keys == 0
                 seen.add(choice.rows)
@@ -436,7 +447,13 @@ def test_choices_fit_the_limits(memory: int, largest: int) -> None:
 def test_sizes_by_problem() -> None:
     """Large tiles for long prompts, smaller ones where large ones would leave a device idle; splits likewise."""
     long = choose_flash(Problem(1, 32, 8, 4096, 4096, 128, 128), ROOMY)
-    assert long == FlashChoice(128, 8, 16, 16, 1)
+    assert long == FlashChoice(128, 8, 16, 16, 1, keys=128)
+    narrow = choose_flash(Problem(1, 32, 8, 2048, 2048, 128, 128), ROOMY)
+    assert narrow == FlashChoice(128, 8, 16, 16, 1)
+    behind = choose_flash(Problem(1, 32, 8, 512, 8704, 128, 128), ROOMY)
+    assert behind == long
+    half = choose_flash(Problem(1, 32, 8, 2048, 2048, 64, 64), ROOMY)
+    assert half == FlashChoice(128, 8, 32, 16, 1, keys=128)
     short = choose_flash(Problem(1, 32, 8, 128, 8192, 128, 128), ROOMY)
     assert short is not None
     assert (short.rows, short.splits) == (128, 4)
