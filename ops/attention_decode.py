@@ -41,6 +41,8 @@ KEYS_OF_A_SPLIT = 128
 STREAM_WORKGROUPS = 256
 """Workgroups of the stream kernel that splitting the keys aims at: what a large GPU runs at once (docs/KERNELS.md)."""
 _ROWS_PARTS = {1: "rows_1", 2: "rows_2", 4: "rows_4"}
+_OWN_PARTS = {(2, 2): "own_1_of_2", (4, 2): "own_2_of_4", (4, 4): "own_1_of_4"}
+"""Rows that a lane of the stream kernel holds, and lanes that divide them among them -> the part; else own_rows."""
 _CELLS = {
     "f16": ("vec4<u32>", ("cells_f16",)),
     "f32": ("vec4<f32>", ("cells_f32",)),
@@ -173,6 +175,8 @@ class StreamChoice:
         lanes: of a workgroup.
         shares: lanes that share a cache row, 8 columns each.
         rows: query rows (heads of the group times positions) that a lane holds: 1, 2 or 4.
+        over: lanes that divide these rows among them when scores are summed (see `lanes_over`), at most; 0: as many as
+            gain.
         tiles: tiles of so many rows in a workgroup.
         row_tiles: workgroups over the rows of a KV head.
         splits: of the keys, at most.
@@ -183,6 +187,7 @@ class StreamChoice:
     lanes: int
     shares: int
     rows: int
+    over: int
     tiles: int
     row_tiles: int
     splits: int
@@ -211,7 +216,7 @@ def choose_stream(problem: Problem, limits: Limits, cell: int, variant: str = "a
 
     Args:
         cell: what `cell_columns` gives; 0: the kernel cannot read the caches.
-        variant: "auto", or for measurements `lanes=64;splits=32;tiles=1`, each part optional.
+        variant: "auto", or for measurements `lanes=64;splits=32;tiles=1;over=1`, each part optional.
     """
     if not cell or problem.d % cell or problem.dv % cell:
         return None
@@ -248,12 +253,26 @@ def choose_stream(problem: Problem, limits: Limits, cell: int, variant: str = "a
         lanes,
         shares,
         rows,
+        asked.get("over", 0),
         tiles,
         row_tiles,
         splits,
         prefetch,
         limits.subgroup_size >= 32 and problem.heads * join_blocks(problem) <= limits.max_workgroups,
     )
+
+
+def lanes_over(choice: StreamChoice, plain: bool) -> int:
+    """Lanes that divide the rows of a tile among them, so that each ends with the scores of fewer rows: 1, 2 or 4.
+
+    Rows that see different keys, masks and caps cost much for each score that a lane has, so as many as there are.
+    Elsewhere two gain, four cost more exchanges of weights than they save exponentials; and where keys are asked for
+    ahead, the kernel waits, and any exchange more is too many (docs/KERNELS.md).
+
+    Args:
+        plain: one query row sees all keys of its split, and only the scale is applied to scores.
+    """
+    return min(choice.over or (4 if not plain else 1 if choice.prefetch else 2), choice.rows, choice.shares // 4)
 
 
 def stream_memory(lanes: int, shares: int, rows: int, tiles: int, subgroup: int) -> int:
@@ -298,8 +317,9 @@ def stream(
     bindings["out"] = out.value
     plain = args.get("attn_mask") is None and problem.rows == 1 and not number(args["softcap"])
     ragged = args.get("lengths") is not None
+    own = _OWN_PARTS.get((choice.rows, lanes_over(choice, plain)), "own_rows")
     kind = ("stream_plain" if plain else "stream_judged", "stream_ragged" if ragged else "stream_whole")
-    parts = ("rules", "splits", "scores", _ROWS_PARTS[choice.rows], *cells, *kind)
+    parts = ("rules", "splits", "scores", _ROWS_PARTS[choice.rows], own, *cells, *kind)
     sizes = args.get("sizes") if live_stream(ctx, args, problem) == choice else None
     grid, _ = grids(problem, choice)
     yield _sized(

@@ -3,8 +3,8 @@
 //   out[row, :] = sum_i exp(top_i - top) partial[row, i, :] / sum_i exp(top_i - top) sum_i,  top = max_i top_i
 //
 // One group of 32 lanes: four vec4 columns of one row (batch row, query row, head); a workgroup has four such groups, BLOCKS workgroups a row.
-// Lane (g, c) holds the partial results of splits g, g + 8, .. g + 56 in column c, and the tops and sums of splits lane and lane + 32. All loads are asked
-// for at once, before it is known how many splits have keys; tops, sums and columns then meet by shuffles.
+// Lane (g, c) holds the partial results of splits g, g + 8, .. g + 56 in column c, and their tops and sums. All loads are asked for at once, before
+// it is known how many splits have keys; tops, then sums and columns, meet by three shuffles each, since every lane weighs what it holds itself.
 // Where only one split has keys, and where a row is padding, the kernel before wrote the result itself.
 //
 // Memory traffic: splits * (DV + 2 * BLOCKS * 4) * 4 bytes read, DV elements written a row. At most 64 splits.
@@ -49,21 +49,16 @@ fn entry(base: u32, i: u32) -> vec2<f32> {
 }
 
 /// A partial result times its split's weight; what stands in a split without keys does not count.
-fn weighed(x: vec4<f32>, weight: f32, i: u32, used: u32) -> vec4<f32> {
-    return select(vec4<f32>(), x * weight, i < used);
+fn weighed(x: vec4<f32>, weight: f32, used: bool) -> vec4<f32> {
+    return select(vec4<f32>(), x * weight, used);
 }
 
 @compute @workgroup_size(128)
-fn main(
-    @builtin(workgroup_id) wid: vec3<u32>,
-    @builtin(local_invocation_index) index: u32,
-    @builtin(subgroup_invocation_id) place: u32,
-) {
+fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) index: u32) {
     let h = wid.x / BLOCKS;
     let s = wid.y;
     let b = wid.z;
     let lane = index % 32u;
-    let start = place - place % 32u; // of these 32 lanes in the subgroup
     let g = lane / 4u;
     let c = (wid.x % BLOCKS) * 16u + (index / 32u) * 4u + lane % 4u;
     let flat = (b * params.heads + h) * params.rows + s;
@@ -77,19 +72,28 @@ fn main(
     let x5 = fetch(base, g + 40u, c);
     let x6 = fetch(base, g + 48u, c);
     let x7 = fetch(base, g + 56u, c);
-    let low = entry(rows, lane);
-    let high = entry(rows, lane + 32u);
+    let e0 = entry(rows, g);
+    let e1 = entry(rows, g + 8u);
+    let e2 = entry(rows, g + 16u);
+    let e3 = entry(rows, g + 24u);
+    let e4 = entry(rows, g + 32u);
+    let e5 = entry(rows, g + 40u);
+    let e6 = entry(rows, g + 48u);
+    let e7 = entry(rows, g + 56u);
 
     let used = splits_of_row(b, s);
     if (used <= 1u) {
         return;
     }
-    let low_top = select(LOWEST, low.x, lane < used);
-    let high_top = select(LOWEST, high.x, lane + 32u < used);
-    var top = max(low_top, high_top);
-    for (var step = 1u; step < 32u; step *= 2u) {
-        top = max(top, subgroupShuffleXor(top, step));
-    }
+    let low_used = vec4<u32>(g, g + 8u, g + 16u, g + 24u) < vec4<u32>(used);
+    let high_used = vec4<u32>(g + 32u, g + 40u, g + 48u, g + 56u) < vec4<u32>(used);
+    let low_tops = select(vec4<f32>(LOWEST), vec4<f32>(e0.x, e1.x, e2.x, e3.x), low_used);
+    let high_tops = select(vec4<f32>(LOWEST), vec4<f32>(e4.x, e5.x, e6.x, e7.x), high_used);
+    let tops = max(low_tops, high_tops);
+    var top = max(max(tops.x, tops.y), max(tops.z, tops.w));
+    top = max(top, subgroupShuffleXor(top, 4u));
+    top = max(top, subgroupShuffleXor(top, 8u));
+    top = max(top, subgroupShuffleXor(top, 16u));
     var extra = 0.0;
     if (params.sinks != 0u) {
         let logit = f32(sink[h]);
@@ -98,23 +102,23 @@ fn main(
             extra = exp(logit - top);
         }
     }
-    let low_weight = exp(low_top - top);
-    let high_weight = exp(high_top - top);
-    var sum = select(0.0, low.y * low_weight, lane < used) + select(0.0, high.y * high_weight, lane + 32u < used);
-    for (var step = 1u; step < 32u; step *= 2u) {
-        sum += subgroupShuffleXor(sum, step);
-    }
+    let low = exp(low_tops - top);
+    let high = exp(high_tops - top);
+    let sums = select(vec4<f32>(), vec4<f32>(e0.y, e1.y, e2.y, e3.y) * low, low_used)
+        + select(vec4<f32>(), vec4<f32>(e4.y, e5.y, e6.y, e7.y) * high, high_used);
+    var sum = sums.x + sums.y + sums.z + sums.w;
+    var x = weighed(x0, low.x, low_used.x);
+    x += weighed(x1, low.y, low_used.y);
+    x += weighed(x2, low.z, low_used.z);
+    x += weighed(x3, low.w, low_used.w);
+    x += weighed(x4, high.x, high_used.x);
+    x += weighed(x5, high.y, high_used.y);
+    x += weighed(x6, high.z, high_used.z);
+    x += weighed(x7, high.w, high_used.w);
+    sum += subgroupShuffleXor(sum, 4u);
+    sum += subgroupShuffleXor(sum, 8u);
+    sum += subgroupShuffleXor(sum, 16u);
     sum += extra;
-
-    let at = start + g;
-    var x = weighed(x0, subgroupShuffle(low_weight, at), g, used);
-    x += weighed(x1, subgroupShuffle(low_weight, at + 8u), g + 8u, used);
-    x += weighed(x2, subgroupShuffle(low_weight, at + 16u), g + 16u, used);
-    x += weighed(x3, subgroupShuffle(low_weight, at + 24u), g + 24u, used);
-    x += weighed(x4, subgroupShuffle(high_weight, at), g + 32u, used);
-    x += weighed(x5, subgroupShuffle(high_weight, at + 8u), g + 40u, used);
-    x += weighed(x6, subgroupShuffle(high_weight, at + 16u), g + 48u, used);
-    x += weighed(x7, subgroupShuffle(high_weight, at + 24u), g + 56u, used);
     x += subgroupShuffleXor(x, 4u);
     x += subgroupShuffleXor(x, 8u);
     x += subgroupShuffleXor(x, 16u);

@@ -7,8 +7,9 @@
 // GROUP query heads of a KV head times the query rows. One workgroup: one split of the keys for TILES tiles of ROWS (1, 2 or 4) rows.
 // L lanes share a cache row, 8 columns each (16-byte loads); L lanes times TILES tiles make a slot, whose lanes read the same row, so that K
 // and V leave memory once for all rows of the tiles. Each of SLOTS slots takes four keys a round. The dot products of four keys are summed over
-// the L lanes by shuffles so that each lane of a quad ends with one of the keys: it alone applies mask and exponential, and the weights go
-// back to all lanes by quad broadcasts. The softmax state is in registers and rescaled only when a maximum rises: the loop has no barrier.
+// the L lanes by shuffles so that each lane of a quad ends with one of the keys, and OVER quads with ROWS / OVER of the rows each: it alone applies
+// mask and exponential, and the weights go back to all lanes by shuffles between quads and quad broadcasts. The softmax state is in registers and
+// rescaled only when a maximum rises by more than SLACK: the loop has no barrier.
 // Slots meet at the end: by shuffles within SUBGROUP lanes, then in workgroup memory, after one barrier. Multiply-adds are written out, so that
 // variants of the text (with and without lengths) round alike.
 //
@@ -19,7 +20,7 @@
 // Unchecked: keys are below `end` <= capacity, columns below D and DV, rows below `count`; splits, heads and batch rows are the grid's.
 // Versions: docs/KERNELS.md.
 // Appended: attention_whole.wgsl or ragged_rows.wgsl with attention_ragged.wgsl, attention_rules.wgsl, attention_splits.wgsl, attention_scores.wgsl,
-// attention_rows_<ROWS>.wgsl,
+// attention_rows_<ROWS>.wgsl, attention_own_rows.wgsl or attention_own_<n>_of_<ROWS>.wgsl,
 // attention_stream_plain.wgsl or attention_stream_judged.wgsl, attention_stream_whole.wgsl or attention_stream_ragged.wgsl, and
 // attention_cells_<type of the caches>.wgsl: f16, f32; i8, i4 with attention_scales.wgsl, which need a device that binds 10 storage buffers.
 
@@ -73,21 +74,25 @@ fn chained(k: mat2x4<f32>, a: vec4<f32>, b: vec4<f32>) -> f32 {
     return fma(k[1].w, b.w, fma(k[1].z, b.z, fma(k[1].y, b.y, fma(k[1].x, b.x, x))));
 }
 
-/// The scores of four keys, summed over the L lanes that share them: lane l of a slot gets those of key l % 4.
-fn scattered(s0: Rows, s1: Rows, s2: Rows, s3: Rows, lane: u32) -> Rows {
+/// The scores of four keys, summed over the L lanes that share them: lane l of a slot gets those of its rows and of key l % 4.
+fn scattered(s0: Rows, s1: Rows, s2: Rows, s3: Rows, lane: u32) -> Own {
+    let x0 = own_of(s0);
+    let x1 = own_of(s1);
+    let x2 = own_of(s2);
+    let x3 = own_of(s3);
     let upper = (lane & 2u) != 0u;
-    let a = select(s0, s2, upper) + subgroupShuffleXor(select(s2, s0, upper), 2u);
-    let b = select(s1, s3, upper) + subgroupShuffleXor(select(s3, s1, upper), 2u);
+    let a = select(x0, x2, upper) + subgroupShuffleXor(select(x2, x0, upper), 2u);
+    let b = select(x1, x3, upper) + subgroupShuffleXor(select(x3, x1, upper), 2u);
     let odd = (lane & 1u) != 0u;
     var x = select(a, b, odd) + subgroupShuffleXor(select(b, a, odd), 1u);
-    for (var step = 4u; step < L; step *= 2u) {
+    for (var step = 4u * OVER; step < L; step *= 2u) {
         x += subgroupShuffleXor(x, step);
     }
     return x;
 }
 
 /// The largest over the four keys of a quad.
-fn quad_max(x: Rows) -> Rows {
+fn quad_max(x: Own) -> Own {
     let y = max(x, subgroupShuffleXor(x, 1u));
     return max(y, subgroupShuffleXor(y, 2u));
 }
@@ -105,17 +110,17 @@ fn query_columns(number: u32, count: u32, b: u32, kv_head: u32, column: u32) -> 
     return vec4<f32>(query[(b * params.q_b + at.x * params.q_s + at.y * params.q_h + column) >> 2u]);
 }
 
-/// Four columns of the rows of a tile.
-fn query_tile(number: u32, count: u32, b: u32, kv_head: u32, column: u32) -> Tile {
+/// Four columns of the rows of a tile, row r ^ turn in the place of row r.
+fn query_tile(tile0: u32, turn: u32, count: u32, b: u32, kv_head: u32, column: u32) -> Tile {
     var x1 = vec4<f32>();
     var x2 = vec4<f32>();
     var x3 = vec4<f32>();
-    if (ROWS > 1u) { x1 = query_columns(number + 1u, count, b, kv_head, column); }
+    if (ROWS > 1u) { x1 = query_columns(tile0 + (1u ^ turn), count, b, kv_head, column); }
     if (ROWS > 2u) {
-        x2 = query_columns(number + 2u, count, b, kv_head, column);
-        x3 = query_columns(number + 3u, count, b, kv_head, column);
+        x2 = query_columns(tile0 + (2u ^ turn), count, b, kv_head, column);
+        x3 = query_columns(tile0 + (3u ^ turn), count, b, kv_head, column);
     }
-    return tile_of(query_columns(number, count, b, kv_head, column), x1, x2, x3);
+    return tile_of(query_columns(tile0 + turn, count, b, kv_head, column), x1, x2, x3);
 }
 
 @compute @workgroup_size(LANES)
@@ -148,6 +153,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     let tile = (lane / L) % TILES;
     let slot = lane / L / TILES;
     let tile0 = first_row + tile * ROWS;
+    let turn = turn_of(lane);
     let k_base = b * params.k_b + kv_head * params.k_h;
     let v_base = b * params.v_b + kv_head * params.v_h;
     var j = begin + slot;
@@ -161,11 +167,11 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
         k2 = key_cell(j + 2u * SLOTS < end, k_base + (j + 2u * SLOTS) * params.k_s, l);
         k3 = key_cell(j + 3u * SLOTS < end, k_base + (j + 3u * SLOTS) * params.k_s, l);
     }
-    let q0 = query_tile(tile0, count, b, kv_head, cell_column(l, 0u));
-    let q1 = query_tile(tile0, count, b, kv_head, cell_column(l, 1u));
+    let q0 = query_tile(tile0, turn, count, b, kv_head, cell_column(l, 0u));
+    let q1 = query_tile(tile0, turn, count, b, kv_head, cell_column(l, 1u));
 
     var top = Rows(FLOOR);
-    var sum = Rows();
+    var own_sum = Own();
     var acc0 = Tile();
     var acc1 = Tile();
     for (var key0 = begin; key0 < end; key0 += STEP) {
@@ -191,19 +197,21 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
             k2 = key_cell(n + 2u * SLOTS < end, k_base + (n + 2u * SLOTS) * params.k_s, l);
             k3 = key_cell(n + 3u * SLOTS < end, k_base + (n + 3u * SLOTS) * params.k_s, l);
         }
-        var x = scattered(s0, s1, s2, s3, lane);
         let own = j + (lane % 4u) * SLOTS; // the key that this lane judges
-        x = judged(x, b, tile0, count, kv_head, own, end);
-        let raised = max(top, quad_max(x));
+        let x = judged(scattered(s0, s1, s2, s3, lane), b, tile0 + turn, count, kv_head, own, end);
+        let most = quad_max(x);
+        let own_top = kept(top); // maxima so far, less SLACK at most
+        let raised = spread(select(own_top, most, most > own_top + Own(SLACK)));
         if (differ(raised, top)) {
             let correction = power(top - raised);
-            sum *= correction;
+            own_sum *= kept(correction);
             acc0 = scaled(acc0, correction);
             acc1 = scaled(acc1, correction);
             top = raised;
         }
-        let p = weights(x, top);
-        sum += mass(p);
+        let own_p = weights(x, kept(top));
+        own_sum += mass(own_p);
+        let p = spread(own_p);
         let p0 = quadBroadcast(p, 0u);
         let p1 = quadBroadcast(p, 1u);
         let p2 = quadBroadcast(p, 2u);
@@ -217,8 +225,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     }
 
     // the keys of a quad, then the slots of one subgroup, of which two exchange halves of their columns first
-    sum += subgroupShuffleXor(sum, 1u);
-    sum += subgroupShuffleXor(sum, 2u);
+    own_sum += subgroupShuffleXor(own_sum, 1u);
+    own_sum += subgroupShuffleXor(own_sum, 2u);
+    var sum = spread(own_sum);
     let upper = PAIRS && (lane & (L * TILES)) != 0u;
     for (var step = L * TILES; step < SPAN; step *= 2u) {
         let highest = max(top, subgroupShuffleXor(top, step));
@@ -234,7 +243,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     let block = lane / SPAN;
     if (lane % SPAN < select(1u, 2u, PAIRS) * L * TILES) {
         for (var r = 0u; r < ROWS; r++) {
-            let at = (block * TILES + tile) * ROWS + r;
+            let at = (block * TILES + tile) * ROWS + (r ^ turn);
             shares[at * WIDTH + (cell_column(l, select(0u, 1u, upper)) >> 2u)] = row_of(acc0, r);
             if (!PAIRS) {
                 shares[at * WIDTH + (cell_column(l, 1u) >> 2u)] = row_of(acc1, r);

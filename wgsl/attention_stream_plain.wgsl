@@ -4,6 +4,7 @@
 
 const UNIT: f32 = 0.6931471805599453; // of scores
 const LOG2E: f32 = 1.4426950408889634;
+const SLACK: f32 = 8.0; // what is called maximum may be so far below the largest score: weights are at most 2^8, and sums are seldom rescaled
 const FLOOR: f32 = -1.0e38; // a maximum over no key yet; keys past the end score LOWEST, far below it
 
 /// e^x of a difference of scores.
@@ -11,18 +12,18 @@ fn power(x: Rows) -> Rows {
     return exp2(x);
 }
 
-/// Scores of key j, from the products of queries and key.
-fn judged(x: Rows, b: u32, tile0: u32, count: u32, kv_head: u32, j: u32, end: u32) -> Rows {
-    return select(x * (params.scale * LOG2E), Rows(LOWEST), j >= end);
+/// Scores of key j, from the products of queries and key, of the rows from `first` on.
+fn judged(x: Own, b: u32, first: u32, count: u32, kv_head: u32, j: u32, end: u32) -> Own {
+    return select(x * (params.scale * LOG2E), Own(LOWEST), j >= end);
 }
 
 /// The weights of a key with scores x.
-fn weights(x: Rows, top: Rows) -> Rows {
-    return power(x - top);
+fn weights(x: Own, top: Own) -> Own {
+    return exp2(x - top);
 }
 
 /// Weights as they count in the sum.
-fn mass(p: Rows) -> Rows {
+fn mass(p: Own) -> Own {
     return p;
 }
 

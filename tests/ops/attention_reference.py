@@ -42,6 +42,7 @@ class Case:
     mask_shape: tuple[int, ...] | None = None  # default: [rows, capacity]
     sink: float | None = None
     route: str = "auto"
+    variant: str = ""  # of a route, by the attention nodes' argument of that name
 
     @property
     def value_d(self) -> int:
@@ -165,6 +166,8 @@ class Attention:
             "kv_limit": case.kv_limit, "scale": case.scale,
             "softcap": case.softcap, "window": case.window, "sink": None, "route": case.route,
         }  # fmt: skip
+        if case.variant:
+            args["variant"] = case.variant
         if case.mask is not None:
             args["attn_mask"] = b.input(case.mask, case.mask_shape or (s, case.capacity))
         if case.sink is not None:

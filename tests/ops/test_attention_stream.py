@@ -21,7 +21,7 @@ from executorch_webgpu.runtime.chooser import Advance, Chooser, Logits
 from executorch_webgpu.runtime.kernel import Kernel, KernelKey
 from executorch_webgpu.runtime.plan import NodeCache
 from tests.harness import GraphBuilder, device
-from tests.ops.attention_reference import Attention, Case, arrays, assert_close, reference
+from tests.ops.attention_reference import Attention, Case, arrays, assert_close, attention, reference
 
 LARGE = Limits(
     max_invocations=1024, max_workgroup_memory=49152, max_storage_buffers=64, f16=True, subgroup_size=32,
@@ -81,6 +81,38 @@ def dispatches(case: Case, limits: Limits) -> list[Dispatch]:
     fake = Fake()
     fake.limits = limits  # type: ignore[attr-defined]
     return list(NodeCache(b.graph(out), fake).lower(0, lambda symbol: 0).dispatches)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("heads", "d", "rows", "capacity", "mask", "over"),
+    [
+        (8, 128, 1, 9000, None, 2), (8, 64, 1, 9000, None, 2), (8, 32, 1, 9000, None, 1), (4, 128, 1, 9000, None, 2),
+        (2, 128, 1, 9000, None, 1), (8, 128, 1, 900, None, 1), (8, 128, 1, 900, "f32", 4), (8, 128, 3, 9000, None, 4),
+        (8, 64, 3, 9000, None, 2), (8, 32, 3, 9000, None, 1), (4, 256, 1, 900, "f32", 2), (2, 128, 2, 9000, None, 2),
+    ],
+)  # fmt: skip
+def test_how_many_lanes_divide_rows(heads: int, d: int, rows: int, capacity: int, mask: str | None, over: int) -> None:
+    """Two where scores are only scaled, four at most where they cost more, none where keys are asked for ahead."""
+    case = Case(heads, 2, d, rows, capacity, kv_dtype="f16", mask=mask)
+    assert f"const OVER = {over}u;" in KernelKey.of(dispatches(case, LARGE)[0]).body
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
+@pytest.mark.parametrize("over", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("heads", "rows", "d"), [(2, 1, 64), (4, 1, 64), (8, 1, 64), (6, 1, 40), (8, 3, 64), (4, 1, 32)]
+)
+def test_scores_that_climb_and_fall(heads: int, rows: int, d: int, over: int, prefetch: int) -> None:
+    """Maxima rise in every round or never: scores of every second head climb from -200 to 200 along the keys."""
+    variant = f"splits=2;lanes=128;prefetch={prefetch};over={over}"
+    case = Case(heads, 2, d, rows, 1000, pos=990, scale=1.0, route="stream", variant=variant)
+    tensors = dict(arrays(case))
+    axis = np.full(d, d**-0.5, np.float32)
+    signs = np.where(np.arange(heads) % 2, -1.0, 1.0).astype(np.float32)
+    tensors["query"] = np.broadcast_to(signs[:, None, None] * axis, tensors["query"].shape).copy()
+    climb = np.linspace(-200, 200, case.capacity, dtype=np.float32)
+    tensors["key"] = np.broadcast_to(climb[:, None] * axis, tensors["key"].shape).copy()
+    assert_close(attention(case, "full", tensors), reference(case, tensors))
 
 
 @pytest.mark.parametrize("kv_dtype", ["f16", "f32"])
