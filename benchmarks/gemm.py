@@ -6,6 +6,7 @@
 One product is x [M, K] in f32 times weights [N, K] (kn: [K, N]), with f32 sums, merges of split K included. Several
 weights take turns, so that together they exceed --rotate-bytes. `--suite llama` has the products of a decoder layer of
 the sizes of Llama 3.2 1B at 512 and 2,048 tokens; `benchmarks.decode_loop --prefill` times such a decoder as a whole.
+--dtype 8da4w, 8da8w: x is rounded to 8 bits, once for all weights.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from typing import Any
 
 import numpy as np
 
-from executorch_webgpu.backend.graph import Ref
+from executorch_webgpu.backend.graph import Arg, Ref
+from executorch_webgpu.ops.packed import Format
 from executorch_webgpu.runtime.device import Device
 from executorch_webgpu.runtime.errors import WebGPUDelegateError
 
 from .baseline import measure
-from .graphs import Builder, Loaded, encode, splits_of
+from .graphs import BITS, Builder, Loaded, encode, quantized, splits_of
 from .report import ITEM_SIZE, Report, add_common, numbers, say
 from .timing import repetitions_for, time_passes
 from .verify import WrongResultError
 
 MAX_WEIGHTS = 16
+GROUP = 32
+"""Columns that share a scale of packed weights."""
 VERIFIED = 64
 """Rows of x whose products are compared with float64."""
 LLAMA = ((2048, 2048), (512, 2048), (3072, 2048), (8192, 2048), (16384, 2048), (2048, 8192))
@@ -54,9 +58,9 @@ class GemmShape:
         """The shape of the weights."""
         return (self.outputs, self.inputs) if self.layout == "nk" else (self.inputs, self.outputs)
 
-    def bytes(self, item: int) -> int:
+    def bytes(self, item: float) -> int:
         """What must be moved at least: weights of `item` bytes an element, x and the result in f32, once each."""
-        return self.outputs * self.inputs * item + 4 * self.rows * (self.inputs + self.outputs)
+        return int(self.outputs * self.inputs * item) + 4 * self.rows * (self.inputs + self.outputs)
 
     def record(self) -> dict[str, int | str]:
         """For the `shape` field."""
@@ -68,7 +72,16 @@ def products(device: Device, shape: GemmShape, count: int) -> Loaded:
     b = Builder()
     x = b.mutable("f32", (shape.rows, shape.inputs), "x", (-1.0, 1.0))
     found: list[Ref] = []
+    bits = BITS.get(shape.dtype)
+    if shape.dtype.startswith("8da"):
+        x = quantized(b, x, (shape.rows, shape.inputs))
     for i in range(count):
+        if bits is not None:
+            form = Format(shape.inputs, bits, GROUP, "f16", zeros=False)
+            packed = b.constant("u32", (shape.outputs, form.words), f"w{i}", (0.01, 0.02))
+            layer: dict[str, Arg] = {"input": x, "weight": packed, "bias": None, "format": form.literal()}
+            found.append(b.node("webgpu.linear_packed", layer, "f32", (shape.rows, shape.outputs)))
+            continue
         weight = b.constant(shape.dtype, shape.weight, f"w{i}", (-1.0, 1.0))
         args = {"input": x, "weight": weight, "bias": None, "transposed": shape.layout == "nk"}
         found.append(b.node("webgpu.linear", args, "f32", (shape.rows, shape.outputs)))
@@ -107,10 +120,11 @@ def time_gemm(report: Report, shape: GemmShape, options: argparse.Namespace) -> 
     """
     device = report.device
     more: dict[str, float] = {}
-    if options.verify:
+    if options.verify and shape.dtype not in BITS:
         more["largest_error"] = float(f"{verify(device, shape):.3g}")
-    item = ITEM_SIZE[device.limits.wgsl_type(shape.dtype)]
-    count = max(1, min(MAX_WEIGHTS, options.rotate_bytes // (shape.outputs * shape.inputs * item) + 1))
+    bits = BITS.get(shape.dtype)
+    item = ITEM_SIZE[device.limits.wgsl_type(shape.dtype)] if bits is None else bits / 8 + 2 / GROUP
+    count = max(1, min(MAX_WEIGHTS, int(options.rotate_bytes / (shape.outputs * shape.inputs * item)) + 1))
     loaded = products(device, shape, count)
     try:
         plan = loaded.ready([])
@@ -152,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rows", type=numbers, default=[512, 2048], help="M; several: 512,2048")
     made.add_argument("--outputs", type=numbers, default=[2048], help="N")
     made.add_argument("--inputs", type=numbers, default=[2048], help="K")
-    made.add_argument("--dtype", choices=("f16", "f32"), default="f16", help="of the weights")
+    made.add_argument("--dtype", choices=("f16", "f32", *BITS), default="f16", help="of the weights")
     made.add_argument("--layout", choices=("nk", "kn"), default="nk", help="of the weights")
     made.add_argument("--verify", action="store_true", help="compare with a float64 reference before timing")
     add_common(made)

@@ -12,9 +12,17 @@ from typing import Any
 import numpy as np
 
 from executorch_webgpu.backend.graph import Arg, Dim, Graph, Node, Ref, Sym, SymbolRange, Value
-from executorch_webgpu.backend.passes import Pass, fuse_project_cache, fuse_projections, fuse_rope_cache
+from executorch_webgpu.backend.passes import (
+    Pass,
+    fuse_project_cache,
+    fuse_projections,
+    fuse_rope_cache,
+    keep_codes,
+    merge_equal_nodes,
+)
 from executorch_webgpu.backend.passes.cleanup import remove_unused
 from executorch_webgpu.backend.passes.storage import assign_storage
+from executorch_webgpu.ops import activations
 from executorch_webgpu.ops.base import Dispatch, check_node
 from executorch_webgpu.ops.packed import Format
 from executorch_webgpu.runtime import native
@@ -32,6 +40,8 @@ HostArray = np.ndarray[Any, Any]
 Inputs = Sequence[tuple[str, HostArray]]
 Range = tuple[float, float]
 
+BITS = {"4bit": 4, "8bit": 8, "8da4w": 4, "8da8w": 8}
+"""Of packed weights, by name."""
 QUERIES: Range = (-6.0, 6.0)
 KEYS: Range = (-1.0, 1.0)
 VALUES: Range = (-0.5, 1.5)
@@ -272,6 +282,15 @@ def _attention_args(query: Ref, key: Ref, value: Ref, start: Dim) -> dict[str, A
 # -- one matrix product
 
 
+def quantized(b: Builder, x: Ref, shape: tuple[int, ...], norm: Ref | None = None) -> Ref:
+    """x, or its norm with a weight, as integers of 8 bits."""
+    args: dict[str, Arg] = {
+        "input": x, "quant_min": -128, "quant_max": 127, "eps": 1e-6, "norm_weight": norm,
+        "norm_eps": None if norm is None else 1e-5,
+    }  # fmt: skip
+    return b.node(activations.NAME, args, activations.CODES, (*shape[:-1], activations.words(shape[-1])))
+
+
 def product(device: Device, size: int, dtype: str = "f32") -> Loaded:
     """A [size, size] matrix product, `aten.mm.default`."""
     b = Builder()
@@ -297,7 +316,10 @@ class DecoderSizes:
     dtype: str = "f16"
     capacity: int = 2048
     weights: str = ""
-    """`4bit` or `8bit`: matrices and the table of the embedding are packed in groups of 32, with scales in `dtype`."""
+    """`4bit` or `8bit`: matrices and the table of the embedding are packed in groups of 32, with scales in `dtype`.
+    `8da4w` or `8da8w`: so, and the input of every layer is rounded to 8 bits."""
+    codes: int = 1
+    """0: what is rounded to 8 bits is multiplied as floats, without the pass that keeps its integers."""
 
     def record(self) -> dict[str, int]:
         """For the `shape` field."""
@@ -307,7 +329,7 @@ class DecoderSizes:
         """The format of a packed matrix."""
         if not self.weights:
             return None
-        return Format(columns, {"4bit": 4, "8bit": 8}[self.weights], 32, self.dtype, zeros=False)
+        return Format(columns, BITS[self.weights], 32, self.dtype, zeros=False)
 
 
 def decoder(device: Device, sizes: DecoderSizes) -> Loaded:
@@ -328,6 +350,9 @@ def decoder(device: Device, sizes: DecoderSizes) -> Loaded:
     def linear(x: Ref, outputs: int, inputs: int, name: str, shape: Sequence[Dim]) -> Ref:
         bound = (3 / inputs) ** 0.5  # keeps the variance
         form = sizes.packed(inputs)
+        if sizes.weights.startswith("8da"):
+            span: dict[str, Arg] = {"quant_min": -128, "quant_max": 127, "eps": None}
+            x = b.node("webgpu.fake_quantize", {"input": x, **span}, kind, (*shape, inputs))
         if form is not None:
             args: dict[str, Arg] = {"input": x, "weight": packed(form, outputs, name), "bias": None}
             return b.node("webgpu.linear_packed", {**args, "format": form.literal()}, kind, (*shape, outputs))
@@ -387,5 +412,7 @@ def decoder(device: Device, sizes: DecoderSizes) -> Loaded:
     last = b.node("aten.select_copy.int", {"self": x, "dim": 1, "index": -1}, kind, (1, sizes.dim))
     logits = linear(norm(last, "norm", (1,)), sizes.vocabulary, sizes.dim, "output", (1,))
     symbols = (SymbolRange(rows, 1, sizes.capacity),)
-    passes = (fuse_projections, fuse_rope_cache, fuse_project_cache)
+    passes: list[Pass] = [merge_equal_nodes, fuse_projections, keep_codes, fuse_rope_cache, fuse_project_cache]
+    if not sizes.codes:
+        passes.remove(keep_codes)
     return Loaded(device, b, b.graph(logits, symbols=symbols, passes=passes))

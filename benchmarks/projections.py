@@ -1,10 +1,12 @@
 """GPU time of the projections of a decoder layer for few rows, each one dispatch that waits for the one before.
 
-    python -m benchmarks.projections [--rows 1,2,4,8] [--weights 4bit|8bit|f16|f32] [--dtype f16|f32] [--only gate,down]
+    python -m benchmarks.projections [--rows 1,2,4,8] [--weights 4bit|8bit|8da4w|8da8w|f16|f32] [--dtype f16|f32]
+        [--only gate,down]
 
 The projections are those of a layer of the sizes of Llama 3.2 1B, and its logits, with what is fused to them. Weights
 take turns, so that together they exceed --rotate-bytes; all write to the same buffers, so that no dispatch runs beside
-another. --dtype is that of the activations in the graph.
+another. --dtype is that of the activations in the graph. 8da4w, 8da8w: x, or its norm, is quantised to
+8 bits first.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from executorch_webgpu.runtime.device import Device
 from executorch_webgpu.runtime.errors import WebGPUDelegateError
 
 from .baseline import measure
-from .graphs import Builder, Loaded, encode
+from .graphs import BITS, Builder, Loaded, encode
 from .report import ITEM_SIZE, Report, add_common, names, numbers, say
 from .timing import repetitions_for, time_passes
 
@@ -63,7 +65,7 @@ def weight_bytes(kind: Kind, form: Format | None, item: int) -> int:
 
 def format_of(kind: Kind, weights: str, scale: str) -> Format | None:
     """The format of weights named as in the options."""
-    bits = {"4bit": 4, "8bit": 8}.get(weights)
+    bits = BITS.get(weights)
     return None if bits is None else Format(kind.inputs, bits, GROUP, scale, zeros=False)
 
 
@@ -96,6 +98,7 @@ def layers(device: Device, kind: Kind, rows: int, weights: str, dtype: str, scal
             "input": x, "weights": matrices, "biases": None, "residual": residual, "gated": kind.gated,
             "formats": None if form is None else (form.literal(),) * len(matrices),
             "norm_eps": 1e-5 if kind.norm else None, "norm_weight": norm,
+            "quantize": (-128, 127, 1e-6) if weights.startswith("8da") else None,
         }  # fmt: skip
         b.nodes.append(Node("webgpu.project", args, tuple(out.value for out in outs), f"project{layer}"))
     return Loaded(device, b, b.graph(*outs))
@@ -138,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.projections", description=(__doc__ or "").split("\n")[0])
     made.add_argument("--rows", type=numbers, default=[1, 2, 4, 8], help="of x; several: 1,8")
-    made.add_argument("--weights", choices=("4bit", "8bit", "f16", "f32"), default="4bit")
+    made.add_argument("--weights", choices=(*BITS, "f16", "f32"), default="4bit")
     made.add_argument("--scales", choices=("f16", "f32"), default="f16", help="of packed weights")
     made.add_argument("--dtype", choices=("f16", "bf16", "f32"), default="f16", help="of the activations in the graph")
     made.add_argument("--only", type=names, default=list(KINDS), help=", ".join(KINDS))

@@ -22,7 +22,7 @@ from .base import Dispatch, Lowering, Param, register
 
 MAX_RANK = 4
 _WORKGROUP = 64
-_SMALLEST = {"f32": 2.0**-126, "f16": 2.0**-14, "bf16": 2.0**-126}
+SMALLEST = {"f32": 2.0**-126, "f16": 2.0**-14, "bf16": 2.0**-126}
 """Smallest normal number of a type: the least scale where an operator names none."""
 _RANGES = {"i8": (-128, 127), "u8": (0, 255), "i16": (-32768, 32767), "i32": (-(2**31), 2**31 - 1)}
 DEQUANTIZE = "torchao.dequantize_affine.default"
@@ -206,10 +206,10 @@ def lower_rows(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         bindings |= {"scale": node.outputs[0], "zero": node.outputs[1], "out": ctx.scratch("f32", 1)}
         types["Scale"] = ctx.wgsl_type(ctx.out(node))
     numbers: dict[str, Param] = {
-        "rows": rows, "k": k, "low": low, "high": high, "eps": _SMALLEST[dtype] if eps is None else float(str(eps)),
+        "rows": rows, "k": k, "low": low, "high": high, "eps": SMALLEST[dtype] if eps is None else float(str(eps)),
     }  # fmt: skip
     consts = {"FAKE": node.op == FAKE}
-    body = wgsl.source("quotient")
+    body = wgsl.source("quantize_range") + wgsl.source("quotient")
     yield Dispatch("quantize_rows", bindings, numbers, ctx.fold_grid(rows), consts=consts, types=types, body=body)
 
 

@@ -214,19 +214,31 @@ def multiply(ctx: Lowering, p: Problem, choice: Choice | None = None) -> Iterato
     )  # fmt: skip
     if not split:
         return
-    count = p.m * p.n // 4
+    yield merge(
+        ctx, out, p.out, p.m, p.n, splits, p.bias, p.residual,
+        bias_row=p.bias_row, bias_col=p.bias_col, alpha=p.alpha, beta=p.beta,
+    )  # fmt: skip
+
+
+def merge(
+    ctx: Lowering, partial: Tensor, out: Tensor, m: int, n: int, splits: int, bias: Tensor | None,
+    residual: Tensor | None, bias_row: int = 0, bias_col: int = 1, alpha: float = 1.0, beta: float = 1.0,
+) -> Dispatch:  # fmt: skip
+    """What adds up the sums f32 [splits, m, n] of splits, n a multiple of four; the rest as of a `Problem`."""
+    count = m * n // 4
     types = {
-        "Bias": "f32" if p.bias is None else p.bias.type,
-        "Residual": f"vec4<{'f32' if p.residual is None else p.residual.type}>",
-        "Out": f"vec4<{p.out.type}>",
+        "Bias": "f32" if bias is None else bias.type,
+        "Residual": f"vec4<{'f32' if residual is None else residual.type}>",
+        "Out": f"vec4<{out.type}>",
     }
-    params = {
-        "count": count, "quads": p.n // 4, "splits": splits, "bias_row": p.bias_row, "bias_col": p.bias_col,
-        "alpha": p.alpha, "beta": p.beta,
+    params: dict[str, Param] = {
+        "count": count, "quads": n // 4, "splits": splits, "bias_row": bias_row, "bias_col": bias_col,
+        "alpha": alpha, "beta": beta,
     }  # fmt: skip
-    consts = {"BIAS": p.bias is not None, "RESIDUAL": p.residual is not None}
-    merged = {"partial": out.id, "out": p.out.id, **addends}
-    yield Dispatch("gemm_merge", merged, params, ctx.grid_1d(count, 64), consts=consts, types=types)
+    bindings = {"partial": partial.id, "out": out.id}
+    bindings |= {name: tensor.id for name, tensor in (("bias", bias), ("residual", residual)) if tensor is not None}
+    consts = {"BIAS": bias is not None, "RESIDUAL": residual is not None}
+    return Dispatch("gemm_merge", bindings, params, ctx.grid_1d(count, 64), consts=consts, types=types)
 
 
 def takes(p: Projection) -> bool:

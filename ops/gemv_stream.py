@@ -1,7 +1,8 @@
 """Products of few rows with weights [N, K] on devices with subgroups: gemv_stream.wgsl and gemv_stream_siblings.wgsl.
 
 Weights are 32-bit or 16-bit floats (float16, or bfloat16 in words), or packed in 4 or 8 bits (`packed.py`).
-With packed weights, rows up to `MAX_PASSES` go by in passes of one dispatch.
+With packed weights, rows up to `MAX_PASSES` go by in passes of one dispatch. x may be integers of 8 bits there
+(`activations.py`), or be quantised to these on the way.
 
 What matrix products and `webgpu.project` have in common: the choice of the sizes of a workgroup, and the dispatch.
 """
@@ -37,9 +38,14 @@ WIDTH = {"f16": 8, "bf16": 8, "f32": 4}
 _CELLS = {kind: f"gemv_stream_{kind}" for kind in WIDTH}
 _COLUMNS = {2: "gemv_stream_columns_2", 4: "gemv_stream_columns_4"}
 _PACKED_COLUMNS = {2: "gemv_stream_packed_2", 4: "gemv_stream_packed_4"}
-_BITS = {4: "gemv_stream_bits_4", 8: "gemv_stream_bits_8"}
+BITS = {4: "gemv_stream_bits_4", 8: "gemv_stream_bits_8"}
+_DIGITS = ("gemv_stream_packed_digits",)
+_COPIED = ("gemv_stream_packed_bytes", "gemv_stream_packed_codes")
+_QUANTIZED = ("gemv_stream_packed_bytes", "gemv_stream_packed_quantize", "quantize_range", "quotient")
 SIBLINGS = "gemv_stream_weights"
 """Parts of the shaders; `SIBLINGS` of those with up to three weights."""
+CODES = "u32"
+"""The dtype in the graph of activations that are integers of 8 bits (`activations.py`)."""
 
 PACKED_SUBGROUP = 8
 """Smallest subgroup for packed weights: so many lanes find the range of the columns of a cell."""
@@ -63,9 +69,12 @@ several sets of weight rows for one x."""
 MOST_SETS = 8
 FEW_ROWS = 2
 """Rows of x up to which registers are plenty."""
-PASS_ROWS = {2: MAX_ROWS, 3: 5}
+QUANTIZED_ROWS, QUANTIZED_COLUMNS = 2, 1 << 16
+"""Rows of x that every workgroup quantises for itself at most, and rows of weights below which it does: above, a
+dispatch for all workgroups is faster."""
+PASS_ROWS = {1: MAX_ROWS, 2: MAX_ROWS, 3: 5}
 """Rows of x that a workgroup takes beside packed weights, by digits: with more, too little of x fits its memory."""
-MAX_PASSES = {2: 40, 3: 16}
+MAX_PASSES = {1: 40, 2: 40, 3: 16}
 """Rows of x up to which passes over packed weights are faster than tiles (`gemm.py`), by digits."""
 
 
@@ -91,7 +100,10 @@ class Projection:
         residual: [m, n], of a single weight or gated, or None.
         formats: of each weight that is packed (`packed.py`), else None; (): no weight is packed.
         dtype: of what is multiplied, x or the normed x, in the graph, which may store it wider: packed weights cut
-            what has 16 bits there into fewer digits.
+            what has 16 bits there into fewer digits. `CODES`: x is rows of integers (`activations.py`); k still
+            counts columns.
+        span: x, or its norm, is quantised to 8 bits row by row: low and high of codes, least scale, and what is taken
+            off codes to make them signed bytes; or None.
     """
 
     x: Tensor
@@ -107,11 +119,17 @@ class Projection:
     residual: Tensor | None = None
     formats: tuple[Format | None, ...] = ()
     dtype: str = "f32"
+    span: tuple[float, float, float, float] | None = None
 
     @property
     def digits(self) -> int:
         """Of 8 bits that an element of x has beside packed weights; gemv_stream_packed.wgsl says how exact that is."""
-        return 2 if self.dtype in ("f16", "bf16") else 3
+        return 1 if self.coded or self.span else 2 if self.dtype in ("f16", "bf16") else 3
+
+    @property
+    def coded(self) -> bool:
+        """Whether x is integers already."""
+        return self.dtype == CODES
 
     @property
     def format(self) -> Format | None:
@@ -155,12 +173,26 @@ def fits_passes(limits: Limits, p: Projection) -> bool:
     return p.format is not None and p.m <= MAX_PASSES[p.digits] and fits(limits, replace(p, m=min(p.m, MAX_ROWS)))
 
 
+def fits_quantizing(limits: Limits, p: Projection) -> bool:
+    """Whether `stream` quantises the x of a product itself: few rows, all of which fit workgroup memory at once."""
+    form = p.format
+    if (
+        p.span is None
+        or form is None
+        or p.m > QUANTIZED_ROWS
+        or sum(p.sizes) >= QUANTIZED_COLUMNS
+        or not fits(limits, p)
+    ):
+        return False
+    return choose(limits, p).chunk >= form.cells
+
+
 def _fits_packed(limits: Limits, p: Projection, form: Format) -> bool:
     """As `fits`; every cell of codes belongs to one group, rows of x are read by fours."""
     return (
         limits.subgroup_size >= PACKED_SUBGROUP
         and 0 < p.m <= MAX_ROWS
-        and form.bits in _BITS
+        and form.bits in BITS
         and p.k % 4 == 0
         and (form.group % form.per_cell == 0 or form.groups == 1)
         and min(p.sizes) > 0
@@ -199,12 +231,13 @@ def _staged(p: Projection, form: Format) -> int:
 def packed_memory(p: Projection, form: Format, choice: Choice, meet: int) -> int:
     """Bytes of workgroup memory of a kernel with packed weights, in which `meet` lanes meet by shuffles."""
     sums = 4 * p.m * choice.workgroup // meet * (choice.sets * choice.columns + 1)
-    return choice.chunk * _staged(p, form) + sums + (0 if form.zeros else 4)
+    ranges = 16 * p.m * (choice.workgroup // PACKED_SUBGROUP) if p.span else 0
+    return choice.chunk * _staged(p, form) + sums + ranges + 4 * p.m + (0 if form.zeros else 4)
 
 
 def _choose_packed(limits: Limits, p: Projection, form: Format) -> Choice:
     total, cell = sum(p.sizes), _staged(p, form)
-    few, short = p.m <= FEW_ROWS, p.digits == 2
+    few, short = p.m <= FEW_ROWS, p.digits <= 2
     largest = _power(min(PACKED_WORKGROUP, limits.max_invocations))
     most = max(min(STAGED_BYTES, limits.max_workgroup_memory - STAGED_SPARE) // cell, 1)  # cells of x at a time
     longest = min(largest, _power(most), _power(form.cells))
@@ -242,6 +275,11 @@ def _choose_packed(limits: Limits, p: Projection, form: Format) -> Choice:
     return choice
 
 
+def _reach(limits: Limits, choice: Choice) -> int:
+    """Lanes that find a range by shuffles."""
+    return min(choice.workgroup, 32, _power(limits.subgroup_size))
+
+
 def _meet(limits: Limits, choice: Choice) -> int:
     """Of the lanes that share weight rows, those that meet by shuffles."""
     return min(choice.lanes, 32, _power(limits.subgroup_size))
@@ -253,8 +291,8 @@ def _body(columns: int, kind: str) -> str:
 
 
 @cache
-def _packed_body(columns: int, bits: int) -> str:
-    names = ("gemv_stream_packed", _PACKED_COLUMNS[columns], _BITS[bits])
+def _packed_body(columns: int, bits: int, parts: tuple[str, ...]) -> str:
+    names = ("gemv_stream_packed", *parts, _PACKED_COLUMNS[columns], BITS[bits])
     return "\n".join(wgsl.source(name) for name in names)
 
 
@@ -289,10 +327,13 @@ def pieces(ctx: Lowering, p: Projection, choice: Choice) -> Pieces:
         bindings["norm"] = p.norm.id
     row = p.k // WIDTH[kind] if form is None else form.words // 4
     params: dict[str, Param] = {"m": p.m, "cells": row, "k": float(p.k), "eps": 0.0 if p.eps is None else p.eps}
+    params["span"] = p.span or (0.0, 0.0, 0.0, 0.0)
     if form is None:
         body = _body(choice.columns, kind)
     else:
-        body = _packed_body(choice.columns, form.bits)
+        body = _packed_body(choice.columns, form.bits, _COPIED if p.coded else _QUANTIZED if p.span else _DIGITS)
+        if p.span:
+            consts |= {"NORM": False, "NORMED": p.eps is not None, "REACH": _reach(ctx.limits, choice)}
         consts |= {
             "SETS": choice.sets, "CHUNK": choice.chunk, "DIGITS": p.digits,
             "GROUP_CELLS": max(form.group // form.per_cell, 1) if form.groups > 1 else form.cells,

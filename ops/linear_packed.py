@@ -1,7 +1,7 @@
 """`webgpu.linear_packed`: a linear layer whose weight is packed, quantised or bfloat16 (`packed.py`).
 
 Arguments:
-    input: [.., K] of any rank from 1; float32, float16 or bfloat16.
+    input: [.., K] of any rank from 1; float32, float16 or bfloat16. Or rows of 8-bit integers (`activations.py`).
     weight: u32 [N, words].
     bias: [N] or None.
     format: `Format.literal()` of the weight.
@@ -10,16 +10,19 @@ Result: [.., N], sums in f32 of x times scale * (code - zero), or times bfloat16
 
 Few rows on a device with subgroups are streamed (`gemv_stream.py`; x as integers, which where the graph has 16 bits are
 16 times finer than these for the largest of 32 or 16 columns), many go through tiles that dequantise as they load
-(`gemm.py`); gemv_packed.wgsl takes what is left: few rows without subgroups, groups that no cell is within, and
-bfloat16 in rows that are no multiple of eight columns.
+(`gemm.py`), or of integers (`gemm_codes.py`); gemv_packed.wgsl takes what is left: few rows without subgroups, groups
+that no cell is within, and bfloat16 in rows that are no multiple of eight columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from math import prod
 
 from .. import wgsl
 from ..backend.graph import FLOATS, Graph, Node, Ref
+from . import gemm_codes
+from .activations import columns, is_coded, widen
 from .base import Dispatch, Lowering, register
 from .gemm import gemm, takes
 from .gemv_stream import MAX_ROWS, Projection, Tensor, fits, fits_passes, stream
@@ -63,9 +66,13 @@ def supports(graph: Graph, node: Node) -> str | None:
         return "the input is no tensor, or a scalar"
     given, out = graph.value(source), graph.values[node.outputs[0]]
     for value in (given, out):
-        if value.dtype not in FLOATS or value.dtype == "f64":
+        if (value.dtype not in FLOATS or value.dtype == "f64") and not (value is given and is_coded(graph, source)):
             return f"{value.name} has dtype {value.dtype}; float32, float16 and bfloat16 are supported"
-    reason = check_weight(graph, node.args["weight"], node.args["format"], given.shape[-1])
+    try:
+        k = columns(graph, source, format_of(node.args["format"]))
+    except ValueError as error:
+        return str(error)
+    reason = check_weight(graph, node.args["weight"], node.args["format"], k)
     if reason is not None:
         return reason
     rows = graph.value(node.args["weight"]).shape[0]
@@ -88,7 +95,7 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
     assert x is not None
     projection = Projection(
         x,
-        ctx.numel(source) // form.k,
+        prod(ctx.shape(source)[:-1]),
         form.k,
         (weight_tensor(ctx, weight, form),),
         (ctx.shape(weight)[0],),
@@ -105,6 +112,15 @@ def product(ctx: Lowering, p: Projection, form: Format) -> Iterator[Dispatch]:
     if p.m * p.sizes[0] == 0:
         return
     if fits(ctx.limits, p) or fits_passes(ctx.limits, p):
+        yield from stream(ctx, p)
+        return
+    if p.coded and p.m > MAX_ROWS and gemm_codes.takes(ctx.limits, p):
+        yield from gemm_codes.gemm_codes(ctx, p)
+        return
+    if p.coded:
+        p, widened = widen(ctx, p)
+        yield widened
+    if fits_passes(ctx.limits, p):
         yield from stream(ctx, p)
     elif p.m > MAX_ROWS and takes(p):
         yield from gemm(ctx, p)

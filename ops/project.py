@@ -1,12 +1,15 @@
 """`webgpu.project`: the projections of a decoder layer with what stands before and after them.
 
 Arguments:
-    input: [.., M, K] of any rank from 1; float32, float16 or bfloat16.
+    input: [.., M, K] of any rank from 1; float32, float16 or bfloat16. Or rows of 8-bit integers (`activations.py`),
+        for packed weights and without norm.
     weights: one to three values [N_i, K], or packed ones.
     formats: for each weight the literal of its `Format` where it is packed (`packed.py`), else None; or None.
     biases: for each weight a value [N_i] or None; or None.
     norm_eps: a number: RMSNorm over K of the input goes first, as `webgpu.rms_norm` computes it. None: no norm.
     norm_weight: its weight [K], or None.
+    quantize: (quant_min, quant_max, eps): the input, or its norm, is quantised to 8 bits row by row, as by
+        `webgpu.quantize_activations`, and multiplied as integers; all weights are packed. None, or left out: it is not.
     residual: a value of the result's shape that is added last, or None; with one weight, or gated.
     gated: the weights are two, gate and up, of one size; the result is silu(x gate^T + bias) * (x up^T + bias), plus
         the residual.
@@ -15,21 +18,25 @@ Results: [.., M, N_i] for each weight, or one where gated.
 
 For few rows on a device with subgroups all of it is one dispatch of gemv_stream.wgsl or gemv_stream_siblings.wgsl:
 weights are read once and nothing in between goes to memory. Biases of several weights do not fit its bindings: each
-is a dispatch of its own then, norm included. Many rows go through tiles (`gemm.py`), after a norm of its own. Other
-sizes and devices get the operators that the node stands for, one by one. The fused norm multiplies the sums by
-1 / sqrt(mean(x^2) + eps) instead of the elements: equal but for the last bits, and for rows whose products before the
-norm pass float32.
+is a dispatch of its own then, norm included. Many rows go through tiles (`gemm.py`, `gemm_codes.py`), after a norm of
+its own. What is quantised is so by every workgroup of the one dispatch for very few rows (`fits_quantizing`), in a
+dispatch of its own for more. Other sizes and devices get the operators that the node stands for, one by one. The fused
+norm multiplies the sums by 1 / sqrt(mean(x^2) + eps) instead of the elements: equal but for the last bits, and for rows
+whose products before the norm pass float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 from ..backend.graph import Arg, Dim, Graph, Node, Ref, Value
+from . import activations, gemm_codes
+from .activations import columns, is_coded
 from .base import Dispatch, Lowering, find, register
 from .gemm import gemm, takes
-from .gemv_stream import Projection, Tensor, fits, fits_passes, stream
+from .gemv_stream import Projection, Tensor, fits, fits_passes, fits_quantizing, stream
 from .linear_packed import NAME as PACKED
 from .linear_packed import check_weight, quantized, weight_tensor
 from .matmul import GEMV_M, NAIVE_K
@@ -52,6 +59,7 @@ class Parts:
     norm_eps: float | None
     residual: Ref | None
     gated: bool
+    quantize: Arg = None
 
 
 def _optional(node: Node, name: str) -> Ref | None:
@@ -81,7 +89,8 @@ def parts(node: Node) -> Parts:
     if not isinstance(gated, bool):
         raise ValueError("gated is not a literal bool")
     norm, residual = _optional(node, "norm_weight"), _optional(node, "residual")
-    return Parts(source, refs, formats, found, norm, None if eps is None else float(eps), residual, gated)
+    return Parts(source, refs, formats, found, norm, None if eps is None else float(eps), residual, gated,
+                 node.args.get("quantize"))  # fmt: skip
 
 
 def expanded(graph: Graph, node: Node, first: int) -> tuple[list[Value], list[Node]]:
@@ -100,7 +109,17 @@ def expanded(graph: Graph, node: Node, first: int) -> tuple[list[Value], list[No
         return Ref(output)
 
     x = p.input
-    if p.norm_eps is not None:
+    if p.quantize is not None:
+        low, high, least, _ = activations.span_of(p.quantize)
+        form, *_ = p.formats
+        words = activations.words(0 if form is None else form.k)
+        values.append(Value("temp", activations.CODES, (*shape[:-1], words), f"{node.name}.codes"))
+        codes: dict[str, Arg] = {
+            "input": x, "quant_min": int(low), "quant_max": int(high), "eps": least, "norm_weight": p.norm_weight,
+            "norm_eps": p.norm_eps,
+        }  # fmt: skip
+        x = make(activations.NAME, codes, first)
+    elif p.norm_eps is not None:
         args: dict[str, Arg] = {"input": x, "weight": p.norm_weight, "eps": p.norm_eps}
         x = make("webgpu.rms_norm", args, between(shape))
     sums: list[Ref] = []
@@ -141,12 +160,25 @@ def supports(graph: Graph, node: Node) -> str | None:
     source = graph.value(p.input)
     if not source.shape:
         return "the input is a scalar"
+    if is_coded(graph, p.input) and (p.norm_eps is not None or p.quantize is not None):
+        return "a norm of what is quantised, or quantised again"
+    if p.quantize is not None:
+        try:
+            activations.span_of(p.quantize)
+        except ValueError as error:
+            return str(error)
+        if not all(activations.takes(form) for form in p.formats):
+            return "quantised, and weights that are not packed in a form for it"
     for i, weight in enumerate(p.weights):
         shape = graph.value(weight).shape
         if len(shape) != 2:
             return f"weight {list(shape)} is no matrix"
         form = p.formats[i]
-        reason = None if form is None else check_weight(graph, weight, form.literal(), source.shape[-1])
+        try:
+            k = columns(graph, p.input, form)
+        except ValueError as error:
+            return str(error)
+        reason = None if form is None else check_weight(graph, weight, form.literal(), k)
         if reason is not None:
             return reason
         out = graph.values[node.outputs[0 if p.gated else i]]
@@ -181,10 +213,13 @@ def projection(ctx: Lowering, node: Node) -> Projection:
     def optional(ref: Ref | None) -> Tensor | None:
         return None if ref is None else tensor(ref)
 
-    *_, k = ctx.shape(p.input)
+    *rows, k = ctx.shape(p.input)
+    form = p.formats[0]
+    if form is not None and is_coded(ctx.graph, p.input):
+        k = form.k
     return Projection(
         tensor(p.input),
-        ctx.numel(p.input) // k if k else 0,
+        prod(rows) if k else 0,
         k,
         tuple(weight_tensor(ctx, weight, form) for weight, form in zip(p.weights, p.formats, strict=True)),
         tuple(ctx.shape(weight)[0] for weight in p.weights),
@@ -196,6 +231,7 @@ def projection(ctx: Lowering, node: Node) -> Projection:
         optional(p.residual),
         quantized(p.formats),
         multiplied(ctx, p, ctx.out(node)),
+        None if p.quantize is None else activations.span_of(p.quantize),
     )
 
 
@@ -209,8 +245,25 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
     """See the module's docstring."""
     p, found = parts(node), projection(ctx, node)
     several = len(p.weights) > 1 and any(bias is not None for bias in p.biases)
+    if found.span is not None and (several or not fits_quantizing(ctx.limits, found)):
+        whole = activations.coded(found)
+        if several or not _takes_codes(ctx, whole):
+            yield from _one_by_one(ctx, node)
+            return
+        found, dispatch = activations.quantize(ctx, found)
+        yield dispatch
     streams = fits(ctx.limits, found) or fits_passes(ctx.limits, found)
-    if not streams and not several and found.m > GEMV_M and found.k > NAIVE_K and takes(replace(found, eps=None)):
+    if not streams and not several and found.m > GEMV_M and gemm_codes.takes(ctx.limits, found):
+        yield from gemm_codes.gemm_codes(ctx, found)
+        return
+    if (
+        not streams
+        and not several
+        and not found.coded
+        and found.m > GEMV_M
+        and found.k > NAIVE_K
+        and takes(replace(found, eps=None))
+    ):
         yield from _tiled(ctx, node, found)
         return
     if not streams or (several and p.gated):
@@ -229,6 +282,11 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         )
         bound = None if bias is None else Tensor(bias.value, ctx.wgsl_type(bias))
         yield from stream(ctx, replace(alone, bias=bound))
+
+
+def _takes_codes(ctx: Lowering, p: Projection) -> bool:
+    """Whether a projection of integers is one dispatch, or tiles."""
+    return fits(ctx.limits, p) or fits_passes(ctx.limits, p) or (p.m > GEMV_M and gemm_codes.takes(ctx.limits, p))
 
 
 def _tiled(ctx: Lowering, node: Node, found: Projection) -> Iterator[Dispatch]:

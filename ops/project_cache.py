@@ -3,8 +3,8 @@
 
 Arguments:
     input: [.., K], of B * S rows in all; float32, float16 or bfloat16.
-    weights, formats, biases, norm_weight, norm_eps: as of `webgpu.project`, with three weights: of query [H * D, K], of
-        key [Hkv * D, K], of value [Hv * Dv, K]. Their products have the dtype of `value_cache`.
+    weights, formats, biases, norm_weight, norm_eps, quantize: as of `webgpu.project`, with three weights: of query
+        [H * D, K], of key [Hkv * D, K], of value [Hv * Dv, K]. Their products have the dtype of `value_cache`.
     key_cache, value_cache, cos, sin, start, rot, interleaved, start_pos, lengths, kv_limit, window: as of
         `webgpu.rope_cache`, whose `layout` is "bshd".
 
@@ -24,17 +24,28 @@ from math import prod
 
 from .. import wgsl
 from ..backend.graph import Arg, Dim, Graph, Node, Ref, Value, product, refs
-from . import project, rope_cache
+from . import activations, project, rope_cache
 from .attention_common import Problem
 from .base import Const, Dispatch, Limits, Lowering, Param, register
 from .copies import copy_all
-from .gemv_stream import PASS_ROWS, SIBLINGS, Choice, Projection, choose, fits, fits_passes, four, pieces
+from .gemv_stream import (
+    PASS_ROWS,
+    SIBLINGS,
+    Choice,
+    Projection,
+    choose,
+    fits,
+    fits_passes,
+    fits_quantizing,
+    four,
+    pieces,
+)
 from .lengths import PART, batch_fits, lengths_consts
 
 NAME = "webgpu.project_cache"
 BUFFERS, BIASED = 11, 14
 """Storage buffers of the kernel without biases and with them."""
-_PROJECT = ("input", "weights", "formats", "biases", "norm_weight", "norm_eps")
+_PROJECT = ("input", "weights", "formats", "biases", "norm_weight", "norm_eps", "quantize")
 _ROPE_CACHE = (
     "key_cache", "value_cache", "cos", "sin", "start", "rot", "interleaved", "start_pos", "lengths", "kv_limit",
     "window",
@@ -104,6 +115,9 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
     """See the module's docstring."""
     p, biases = projection(ctx, node), project.parts(node).biases
     batch = ctx.shape(ctx.out(node))[0]
+    given = p
+    if p.span is not None and not fits_quantizing(ctx.limits, p):
+        p = activations.coded(p)
     if not _takes(ctx, node, p, biases) or not batch_fits(ctx, node.args.get("lengths"), batch):
         yield from _one_by_one(ctx, node)
         return
@@ -113,6 +127,9 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         if not isinstance(old, Ref):
             raise TypeError(f"{node.name}: {name} is {old!r}")
         yield from copy_all(ctx, old, new)
+    if p.coded and given.span is not None:
+        p, dispatch = activations.quantize(ctx, given)
+        yield dispatch
     yield fused(ctx, node, p, biases)
 
 

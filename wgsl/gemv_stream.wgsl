@@ -14,7 +14,9 @@
 // Unchecked: weight rows are clamped below N, rows of x below m, cells are below params.cells; what is stored is below N and m.
 // Versions: docs/KERNELS.md.
 // Appended: gemv_stream_sums.wgsl, gemv_stream_columns_<COLS>.wgsl, gemv_stream_f16.wgsl, _bf16.wgsl or _f32.wgsl; for packed weights, whose x
-// goes through workgroup memory: gemv_stream_packed.wgsl, gemv_stream_packed_<COLS>.wgsl, gemv_stream_bits_4.wgsl or gemv_stream_bits_8.wgsl.
+// goes through workgroup memory: gemv_stream_packed.wgsl, gemv_stream_packed_<COLS>.wgsl, gemv_stream_bits_4.wgsl or gemv_stream_bits_8.wgsl, and
+// for x of floats gemv_stream_packed_digits.wgsl, of integers gemv_stream_packed_bytes.wgsl and gemv_stream_packed_codes.wgsl, of floats that are
+// quantised here gemv_stream_packed_bytes.wgsl, gemv_stream_packed_quantize.wgsl, quantize_range.wgsl, quotient.wgsl.
 
 @group(0) @binding(0) var<storage, read> x: array<X>;
 @group(0) @binding(1) var<storage, read> w0: array<Raw>;
@@ -31,6 +33,7 @@ struct Params {
     groups: u32, // workgroups with work in a pass
     k: f32,
     eps: f32,
+    span: vec4<f32>, // of codes, where x is quantised: low, high, least scale, shift
 }
 @group(0) @binding(7) var<uniform> params: Params;
 

@@ -53,6 +53,7 @@ struct Params {
     batch: u32,
     limit: u32,
     window: u32,
+    span: vec4<f32>, // of codes, where x is quantised: low, high, least scale, shift
 }
 @group(0) @binding(11) var<uniform> params: Params;
 @group(0) @binding(12) var<uniform> live: array<vec4<i32>, 16>;

@@ -6,8 +6,7 @@
 // Memory traffic: all weights once; x (and norm) once a workgroup.
 // Unchecked: weight rows are clamped below N_i, rows of x below m, cells are below params.cells; what is stored is below N_i and m.
 // Appended: gemv_stream_weights.wgsl, gemv_stream_sums.wgsl, gemv_stream_columns_<COLS>.wgsl, gemv_stream_f16.wgsl or gemv_stream_f32.wgsl; for
-// packed weights, whose x goes through workgroup memory: gemv_stream_weights.wgsl, gemv_stream_packed.wgsl, gemv_stream_packed_<COLS>.wgsl,
-// gemv_stream_bits_4.wgsl or gemv_stream_bits_8.wgsl.
+// packed weights gemv_stream_weights.wgsl and what gemv_stream.wgsl names for them.
 
 @group(0) @binding(0) var<storage, read> x: array<X>;
 @group(0) @binding(1) var<storage, read> w0: array<Raw>;
@@ -25,6 +24,7 @@ struct Params {
     cells: u32, // of 16 bytes in a row of weights, scales included
     k: f32,
     eps: f32,
+    span: vec4<f32>, // of codes, where x is quantised: low, high, least scale, shift
 }
 @group(0) @binding(8) var<uniform> params: Params;
 

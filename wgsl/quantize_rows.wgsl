@@ -1,11 +1,10 @@
 // Asymmetric quantisation of every row of x [rows, K] by its own range:
 //   least = min(0, min_k x), most = max(0, max_k x), s = max((most - least) / (high - low), eps), z = clamp(low - round(least / s), low, high)
 // and either s and z themselves, or (FAKE) what is left after quantising and dequantising: (clamp(round(x * (1 / s)) + z, low, high) - z) * s.
-// Divisions are corrected by one step of Newton's method, so that they round as the host's do; ties go to even.
 //
 // One workgroup a row: 256 invocations find the range in workgroup memory, then go over the row again.
 // Memory traffic: x twice, the second time from the caches; the result once. Versions tried: this one only.
-// Appended: quotient.wgsl.
+// Appended: quantize_range.wgsl, quotient.wgsl.
 
 @group(0) @binding(0) var<storage, read> x: array<X>;
 @group(0) @binding(1) var<storage, read_write> scale: array<Scale>;
@@ -49,8 +48,9 @@ fn main(
     }
     workgroupBarrier();
     range = ends[0];
-    let s = max(quotient(range.y - range.x, params.high - params.low), params.eps);
-    let z = clamp(params.low - round(quotient(range.x, s)), params.low, params.high);
+    let span = vec3<f32>(params.low, params.high, params.eps);
+    let s = range_scale(range.x, range.y, span);
+    let z = range_zero(range.x, s, span);
     if (!FAKE) {
         if (lane == 0u) {
             scale[row] = Scale(s);
@@ -60,7 +60,6 @@ fn main(
     }
     let inverse = quotient(1.0, s);
     for (var i = lane; i < params.k; i += 256u) {
-        let q = clamp(round(f32(x[start + i]) * inverse) + z, params.low, params.high);
-        out[start + i] = Out((q - z) * s);
+        out[start + i] = Out((range_codes(vec4<f32>(f32(x[start + i])), inverse, z, span).x - z) * s);
     }
 }

@@ -1,5 +1,6 @@
 // No kernel: division as the host rounds it, so that codes of quantised numbers are the host's; appended to quantize_cache.wgsl,
-// quantize_rows.wgsl and quantize_update.wgsl. Devices may be off by 2.5 units in the last place; a step of Newton's method corrects that.
+// quantize_update.wgsl and, with quantize_range.wgsl, others. Devices may be off by 2.5 units in the last place; a step of Newton's
+// method corrects that.
 
 fn quotient(a: f32, b: f32) -> f32 {
     let q = a / b;

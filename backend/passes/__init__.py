@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 
 from ..graph import Graph
+from .activations import keep_codes
 from .attention import canonical_attention, peel_attention
 from .bf16 import NAME as STORE_BF16
 from .bf16 import store_bf16
@@ -40,6 +41,7 @@ OPTIONAL: Mapping[str, Pass] = {
     "fuse_rope": fuse_rope,
     "fuse_swiglu": fuse_swiglu,
     "fuse_projections": fuse_projections,
+    "keep_codes": keep_codes,
     "cancel_permutes": cancel_permutes,
     "peel_attention": peel_attention,
     "fuse_rope_cache": fuse_rope_cache,

@@ -19,6 +19,7 @@ EXPAND = ("aten.expand_copy.default", "aten.expand.default")
 MUL = ("aten.mul.Tensor",)
 ADD = ("aten.add.Tensor", "aten.add.Scalar")
 SUB = ("aten.sub.Tensor",)
+NORMS = ("webgpu.rms_norm", "aten.rms_norm.default", "aten._fused_rms_norm.default")
 
 
 def operands(node: Node | None) -> Iterator[tuple[Arg, Arg]]:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from ...ops.norm import DEFAULT_EPS
 from ...ops.project import MAX_WEIGHTS, NAME, supports
 from ..graph import Arg, Graph, Node, Ref
-from .match import ADD, operands
+from .match import ADD, NORMS, operands
 from .rewrite import Editor, Links
 
 _PACKED = "webgpu.linear_packed"
 _LINEAR = ("aten.linear.default", "webgpu.linear", _PACKED)
 _SWIGLU = "webgpu.swiglu"
-_NORMS = ("webgpu.rms_norm", "aten.rms_norm.default", "aten._fused_rms_norm.default")
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def _with_parts(links: Links, linears: tuple[Node, ...], gate: Node | None) -> I
 
 def _norm(links: Links, linears: tuple[Node, ...]) -> Node | None:
     """The norm that makes the input, if only these layers read it."""
-    norm = links.made_by(linears[0].args["input"], *_NORMS)
+    norm = links.made_by(linears[0].args["input"], *NORMS)
     if norm is None:
         return None
     axes = norm.args.get("normalized_shape", (None,))

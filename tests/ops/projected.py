@@ -53,6 +53,7 @@ class Case:
     window: int = 0
     ragged: bool = False
     in_place: bool = True
+    quantize: bool = False
     attends: bool = False
 
     @property
@@ -140,6 +141,7 @@ class Layer:
             "input": x, "weights": tuple(weights), "formats": None if formats == [None] * 3 else tuple(formats),
             "biases": biases if case.biases else None, "norm_eps": EPS if case.norm else None,
             "norm_weight": b.stored("constant", "f32", self.norm, "g") if case.norm == "weight" else None,
+            "quantize": (-128, 127, 1e-9) if case.quantize else None,
         }  # fmt: skip
 
     def _table(self) -> dict[str, Arg]:
@@ -188,6 +190,13 @@ class Layer:
         if case.norm:
             wide = wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + EPS)
             wide = wide * self.norm if case.norm == "weight" else wide
+        quantum = 0.0
+        if case.quantize:  # two elements near ties may fall to either side
+            least, most = wide.min(-1, keepdims=True).clip(max=0), wide.max(-1, keepdims=True).clip(0)
+            step = (most - least) / 255
+            zero = np.clip(-128 - np.round(least / step), -128, 127)
+            wide = (np.clip(np.round(wide / step) + zero, -128, 127) - zero) * step
+            quantum = 2 * float(np.nanmax(step))
         sums, slack = [], 0.0
         for weight, bias, heads in zip(
             self.weights, self.biases, (case.heads, case.kv_heads, case.kv_heads), strict=True
@@ -195,6 +204,7 @@ class Layer:
             y = wide @ weight.T + (0 if bias is None else bias)
             sums.append(y.reshape(*y.shape[:2], heads, -1))
             slack = max(slack, case.slack * float(np.nanmax(np.abs(wide) @ np.abs(weight).T)))
+            slack = max(slack, quantum * float(np.abs(weight).max()))
         tables = [
             [t[np.minimum(np.arange(p, p + x.shape[1]), case.capacity - 1)] for t in (self.cos, self.sin)]
             for p in first
