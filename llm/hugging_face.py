@@ -146,7 +146,10 @@ def _probe(model: Any, copied: Any, step: Step, head: nn.Module) -> None:
     """Run the copy, so that `step` learns its layers."""
     tokens = torch.arange(_PROBE)[None] % head.weight.shape[0]
     with torch.no_grad(), step.running(torch.zeros(1, dtype=torch.int32), torch.tensor([_PROBE], dtype=torch.int32)):
-        copied(input_ids=tokens, position_ids=torch.arange(_PROBE)[None], use_cache=False)
+        try:
+            copied(input_ids=tokens, position_ids=torch.arange(_PROBE)[None], use_cache=False)
+        except (TypeError, AttributeError) as error:  # its parts call each other in a way that this module cannot know
+            raise _cannot(model, f"with other attention it does not run ({type(error).__name__}: {error})") from error
     if not step.layers:
         raise _cannot(model, "it does not call transformers' attention interface")
     wanted = model.config.get_text_config().num_hidden_layers
@@ -293,6 +296,10 @@ class Tables(nn.Module):
         assert original is not None
         self.original = None
         if form is None:
+            if self.asked:
+                raise NotImplementedError(
+                    f"{type(original).__name__} makes tables, but no layer hands them to a function {_APPLY}"
+                )
             return
         for number, (args, kwargs) in enumerate(self.asked):
             few, *_ = original(x, torch.arange(min(4, capacity))[None], *args, **kwargs)

@@ -5,8 +5,9 @@
     (tokens int64 [B, S], past int32 [B], q_len int32 [B]) -> logits
 
 Row b has `past[b]` tokens in its caches and gets `q_len[b]` new ones, the first of its S; what stands behind them is
-padding of any content. Its logits are those of its last new token, [B, V] (`logits="last"`; for q_len 0 of any finite
-value), or of every token, [B, S, V] (`logits="all"`; those of padding mean nothing). `export_ragged` lowers it.
+padding: any ids of the vocabulary. Its logits are those of its last new token, [B, V] (`logits="last"`; for q_len 0 of
+any finite value), or of every token, [B, S, V] (`logits="all"`; those of padding mean nothing). `export_ragged` lowers
+it.
 """
 
 from __future__ import annotations

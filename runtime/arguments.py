@@ -47,10 +47,15 @@ def given_ids(name: str, value: Any) -> list[Any]:
     Raises:
         InputError: it is none of these.
     """
+    return given_list(name, value, "token ids in a list; a tokenizer makes them from text")
+
+
+def given_list(name: str, value: Any, expected: str) -> list[Any]:
+    """As `given_ids`, of anything; `expected` says what, for the message."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        raise InputError(f"{name} is {value!r}, expected token ids in a list; a tokenizer makes them from text")
+        raise InputError(f"{name} is {value!r}, expected {expected}")
     return list(value)
 
 

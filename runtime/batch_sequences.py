@@ -12,7 +12,7 @@ from typing import Any, Self, overload
 import numpy as np
 
 from . import snapshot as snapshots
-from .arguments import check_count, check_sampling, check_source, check_stop_ids, given_ids
+from .arguments import check_count, check_sampling, check_source, check_stop_ids, given_ids, given_list
 from .batch_loop import BatchLoop, Choice, Piece
 from .batch_rows import Row, RowCopies
 from .chooser import NAN_LOGITS, NO_LOGITS
@@ -192,7 +192,7 @@ class BatchSequences:
         if row is None:
             numbers = [found.number for found in self._rows if found.tokens and found.request is None]
         else:
-            numbers = [row] if is_integer(row) else list(row)  # type: ignore[arg-type, list-item]
+            numbers = [row] if is_integer(row) else given_list("row", row, "the number of a row, or several in a list")  # type: ignore[list-item]
         if len(set(numbers)) != len(numbers):
             raise InputError(f"a row occurs twice in {numbers}")
         settings = sampling if isinstance(sampling, list | tuple) else [sampling] * len(numbers)
@@ -433,7 +433,7 @@ class BatchSequences:
             if value is None:
                 raise InputError(f"row {row}: no {what} given")
             return {row: value}
-        each = list(row)
+        each = given_list("row", row, "the number of a row, or a list with an entry for each")
         if value is not None or len(each) != self.rows:
             raise InputError(
                 f"{len(each)} entries for {self.rows} rows; give one for each row, None to leave it as it is"

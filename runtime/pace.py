@@ -75,6 +75,8 @@ class Pace:
         self._began = self._parted = 0.0
         self._drafted = self._undrafted = 0
         self._seconds: dict[int, float] = {}
+        self._once: set[int] = set()
+        """Numbers of tokens whose time was measured once."""
         self._rounds: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self._wait = 0
         self.waiting = 0
@@ -123,6 +125,10 @@ class Pace:
         self.waiting = max(self.waiting - tokens, 0)
         if not self.waiting:
             now, count = self._now(), self._undrafted
+            if count in self._seconds:
+                self._once.discard(count)
+            else:
+                self._once.add(count)
             self._seconds[count] = min(FORGET * self._seconds.get(count, math.inf), now - self._parted)
             self._rounds.append((self._drafted + count, now - self._began))
 
@@ -133,6 +139,8 @@ class Pace:
         fewest, most = min(self._seconds), max(self._seconds)
         each = average = self._seconds[most] / most
         if most > fewest:
+            if most in self._once and average > 0.9 * self._seconds[fewest] / fewest:
+                return most  # something held it up, as compiling kernels does the first time: measure it again
             slope = (self._seconds[most] - self._seconds[fewest]) / (most - fewest)
             each = min(max(slope, average / 2), average)
         elif self._least > 1:

@@ -409,6 +409,8 @@ class Session:
             InputError: it is of another program, or was closed; the sequence is as it was.
         """
         self._require_open()
+        if not isinstance(snapshot, Snapshot):
+            raise InputError(f"expected a snapshot, got {snapshot!r}")
         if snapshot.model != self.model_id or snapshot.state.device is not self.method.device:
             raise InputError("the snapshot belongs to another program or device")
         used = Used(snapshot.content.run if self.rewindable else None, self.capacity or 0)

@@ -36,6 +36,7 @@ from .plan import Plan
 from .replay import Replay
 from .resident import UNCHOSEN, Whole, find_whole
 from .sampling import GREEDY, Sampling, choose
+from .token_ids import is_integer
 from .workspace import locked
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class NGram:
         adaptive: whether to draft less where drafts were measured to take more time than they save, and more tokens
             at a time where they are right; False: always `most`.
     Raises:
-        InputError: not 1 <= shortest <= longest, or `most` is not positive.
+        InputError: not 1 <= shortest <= longest, or `most` is not positive; one of them is no integer.
     """
 
     most: int = 31
@@ -109,9 +110,9 @@ class NGram:
     adaptive: bool = True
 
     def __post_init__(self) -> None:
-        if self.most < 1:
-            raise InputError(f"a drafter that proposes {self.most} tokens, expected at least 1")
-        if not 1 <= self.shortest <= self.longest:
+        for name in ("most", "longest", "shortest"):
+            object.__setattr__(self, name, _size(name, getattr(self, name)))
+        if not self.shortest <= self.longest:
             raise InputError(f"n-grams of {self.shortest} to {self.longest} tokens, expected 1 <= shortest <= longest")
 
     def begin(self, target: Session, sampling: Sampling, seed: int) -> Proposals:
@@ -159,18 +160,18 @@ class DraftModel:
         most: tokens proposed at a time.
         adaptive: whether to draft less where drafts were measured to take more time than they save.
     Raises:
-        InputError: `most` is not positive.
+        InputError: `most` is no positive integer; `generator` is none.
         UnsupportedError: its state cannot go back.
     """
 
     def __init__(self, generator: Generator, most: int = 4, adaptive: bool = True) -> None:
-        if most < 1:
-            raise InputError(f"a drafter that proposes {most} tokens, expected at least 1")
+        if not hasattr(generator, "rewindable"):
+            raise InputError(f"a draft model of {generator!r}, expected a Generator")
         if not generator.rewindable:
             raise UnsupportedError("a draft model must be able to go back; this one's state is no cache by position")
         self.generator = generator
         self.adaptive = adaptive
-        self._most = most
+        self._most = _size("most", most)
         self._sampling = GREEDY
 
     @property
@@ -194,6 +195,13 @@ class DraftModel:
             return []
         self.generator.become(tokens)
         return self.generator.generate((), count, (), self._sampling).tokens
+
+
+def _size(name: str, value: Any) -> int:
+    """InputError unless it is a positive integer."""
+    if not is_integer(value) or value < 1:
+        raise InputError(f"{name} is {value!r}, expected an integer of at least 1")
+    return int(value)
 
 
 # -- verification
@@ -236,6 +244,8 @@ class Speculator:
     """
 
     def __init__(self, session: Session, drafter: Drafter, sampling: Sampling, alone: bool) -> None:
+        if isinstance(drafter, type) or not hasattr(drafter, "begin"):
+            raise InputError(f"speculate is {drafter!r}, expected a drafter: NGram(), DraftModel(generator)")
         self.session = session
         self.part = find_part(session)
         self.sampling = sampling

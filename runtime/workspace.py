@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -58,9 +59,18 @@ class Workspace:
         self.live = LiveTable(device)
         self.read_back = ReadBack(device)
         self.nodes = NodeCache(graph, device)
-        self.holder: object = None
+        self._holder: weakref.ref[object] | None = None
         self.users = 0
         self._kept: dict[Hashable, tuple[Hashable, Any]] = {}
+
+    @property
+    def holder(self) -> object:
+        return None if self._holder is None else self._holder()
+
+    @holder.setter
+    def holder(self, value: object) -> None:
+        # weakly: a delegate's finalizer holds this, and a holder holds its delegate
+        self._holder = None if value is None else weakref.ref(value)
 
     def keep(self, kind: Hashable, key: Hashable, make: Callable[[], _Kept]) -> _Kept:
         """What was made for `key` before; else what `make` gives, in place of what the kind's last key got."""

@@ -14,7 +14,7 @@ in front of `linear`, `mm`, `addmm` and `embedding`. Activations that are quanti
 from __future__ import annotations
 
 import re
-from collections.abc import MutableMapping
+from collections.abc import Collection, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,14 +120,16 @@ def _activation(links: Links, node: Node) -> Node | None:
 def _fuse_weights(graph: Graph, constants: Constants) -> Graph:
     links, editor = Links(graph), _Packer(graph, constants)
     mapping: dict[int, int] = {}
+    products = [parts for node in graph.nodes if (parts := _product(links, node)) is not None]
+    multiplied = {_dequantized(links, matrix) for _, matrix, _ in products}
     for node in graph.nodes:
-        new = _lookup(links, editor, node) or _linear(links, editor, node, mapping)
+        new = _lookup(links, editor, node, multiplied) or _linear(links, editor, node, mapping)
         editor.nodes.append(new or node)
     return redirect(editor.finish(), mapping)
 
 
-def _lookup(links: Links, editor: _Packer, node: Node) -> Node | None:
-    """A lookup in a quantised table."""
+def _lookup(links: Links, editor: _Packer, node: Node, multiplied: Collection[_Weight | None]) -> Node | None:
+    """A lookup in a quantised table; one that is a layer's weight as well is packed as the layer wants it, once."""
     if node.op == EMBEDDING:
         weight = _dequantized(links, node.args["weight"])
     elif node.op in TABLES:
@@ -136,7 +138,7 @@ def _lookup(links: Links, editor: _Packer, node: Node) -> Node | None:
         return None
     if weight is None:
         return None
-    packed, form = editor.packed(weight, stored_bits(weight, table=True))
+    packed, form = editor.packed(weight, stored_bits(weight, table=weight not in multiplied))
     args: dict[str, Arg] = {"weight": packed, "indices": node.args["indices"], "format": form}
     return Node(EMBEDDING_PACKED, args, node.outputs, node.name)
 

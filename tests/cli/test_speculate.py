@@ -50,7 +50,7 @@ def test_statistics_are_shown(folder: Path) -> None:
     ("model", "how", "message"),
     [
         ("hugging_face.pte", "magic", "--speculate magic: expected ngram, ngram:K, FILE.pte or FILE.pte:K"),
-        ("hugging_face.pte", "ngram:0", "a drafter that proposes 0 tokens, expected at least 1"),
+        ("hugging_face.pte", "ngram:0", "most is 0, expected an integer of at least 1"),
         ("hugging_face.pte", "missing.pte", "missing.pte: No such file or directory"),
         ("llama.pte", "ngram", "drafts cannot be verified: method forward gives the logits of the last token only"),
     ],

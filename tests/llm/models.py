@@ -16,6 +16,20 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("GlmConfig", {"head_dim": 32}),  # partial, interleaved
     "gpt2": ("GPT2Config", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128}),  # learned positions
     "gpt_oss": ("GptOssConfig", {"head_dim": 32, "num_local_experts": 4, "sliding_window": 16}),  # sinks
+    "deepseek": (
+        "DeepseekV3Config",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+            "first_k_dense_replace": 2,
+        },
+    ),  # its rotary embedding is a function of another name
+    "gptj": ("GPTJConfig", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 8}),
+    "mamba": ("MambaConfig", {"state_size": 8}),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
     "opt": ("OPTConfig", {"ffn_dim": 192, "word_embed_proj_dim": 128}),
 }

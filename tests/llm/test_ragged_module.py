@@ -92,6 +92,15 @@ LONG: dict[str, Any] = {"rope_parameters": _ROPE, "original_max_position_embeddi
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], type[Exception], str]] = {
     "convolutions": ("lfm2", {}, {}, NotImplementedError, "1 of its 2 layers have attention of a known kind"),
     "masks": ("opt", {}, {}, NotImplementedError, "a mask besides the causal one"),
+    "rotation by another name": (
+        "deepseek",
+        {},
+        {},
+        NotImplementedError,
+        "no layer hands them to a function apply_rot",
+    ),
+    "rotation of other arguments": ("gptj", {}, {}, NotImplementedError, r"it does not run \(TypeError.*'sin'"),
+    "no attention": ("mamba", {}, {}, NotImplementedError, r"it does not run \(AttributeError"),
     "angles by length": ("phi3", LONG, {}, NotImplementedError, "Choose a smaller capacity"),
     "capacity": ("llama", {}, {"capacity": 129}, ValueError, "capacity 129 is above the model's 128 positions"),
     "logits": ("llama", {}, {"logits": "first"}, ValueError, "logits is 'first'; it must be 'last' or 'all'"),

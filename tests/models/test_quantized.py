@@ -137,6 +137,17 @@ def test_lookup_in_four_bits() -> None:
     assert (form.bits, form.group, form.zeros) == (4, 32, True)
 
 
+@pytest.mark.parametrize(("bits", "stored"), [(2, 4), (4, 4), (8, 8)])
+def test_a_table_that_is_a_layer_too_is_stored_once(bits: int, stored: int) -> None:
+    net = Net((24, VOCABULARY), bias=False).eval()
+    quantize_(net, weight_only(bits, 6), lambda m, _: isinstance(m, torch.nn.Embedding))
+    net.layers[0].weight = net.table.weight
+    assert {form.bits for form in check(net, "B", "full")} == {stored}
+    with Runtime(device("full")).load_program(lowered(net, "B")) as program:
+        graph = program.load_method("forward").delegates[0].graph
+        assert len([value for value in graph.values if value.kind == "constant"]) == 1
+
+
 def test_four_bit_tensors() -> None:
     """`dequantize_int4_tensor` in front of layers and of a lookup; the table and the last layer share their weight."""
     net = Net((64, 64, VOCABULARY), bias=False).eval()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.models import verify
 from tests.models.reference import Reference
 from tests.models.ties import MOST, NEAR, agreeing
 
@@ -77,3 +78,21 @@ def test_only_a_few_may_be_open() -> None:
     many = (0, 2, 5, 6, 7)
     assert len(many) > MOST
     assert agreeing(oracle(), np.zeros(1), 0, errors(result(*many)))[0] > 1
+
+
+@pytest.mark.parametrize(
+    ("got", "reference", "right"),
+    [
+        (1.0, float("nan"), False),
+        (float("nan"), 1.0, False),
+        (float("inf"), 1.0, False),
+        (1.0, float("inf"), False),
+        (float("inf"), float("inf"), True),
+        (float("-inf"), float("inf"), False),
+        (1.0, 1.0, True),
+    ],
+)
+def test_what_is_no_number_is_an_error(got: float, reference: float, right: bool) -> None:
+    """Of either side: a maximum that a NaN takes part in says nothing."""
+    found = float(verify.errors(torch.tensor([0.0, got]), torch.tensor([0.0, reference]), "fp32").max())
+    assert max(0.0, found) == (0.0 if right else float("inf"))

@@ -13,7 +13,17 @@ from torch.export import Dim, export
 
 from executorch_webgpu.backend.graph import Sym
 from executorch_webgpu.partitioner import WebGPUPartitioner
-from executorch_webgpu.runtime import BatchGenerator, Device, Generator, InputError, Request, Runtime, Sampling
+from executorch_webgpu.runtime import (
+    BatchGenerator,
+    Device,
+    DraftModel,
+    Generator,
+    InputError,
+    NGram,
+    Request,
+    Runtime,
+    Sampling,
+)
 from executorch_webgpu.runtime.plan import MAX_KEPT
 from tests.harness import device
 from tests.runtime.sessions import PROMPT, golden, load
@@ -33,6 +43,21 @@ BAD: list[tuple[Callable[[Generator], Any], str]] = [
     (lambda g: g.rewind_to(0.5), "cannot rewind to 0.5"),  # type: ignore[arg-type]
     (lambda g: g.rewind_to(False), "cannot rewind to False"),
     (lambda g: g.generate_next(None), "sampling is None"),  # type: ignore[arg-type]
+    (lambda g: g.generate(PROMPT, 3, speculate="ngram"), r"speculate is 'ngram', expected a drafter: NGram\(\)"),  # type: ignore[arg-type]
+    (lambda g: g.generate(PROMPT, 3, speculate=NGram), "speculate is <class"),  # type: ignore[arg-type]
+    (lambda g: NGram(most=2.5), "most is 2.5, expected an integer of at least 1"),  # type: ignore[arg-type]
+    (lambda g: NGram(shortest=True), "shortest is True"),
+    (lambda g: DraftModel(g, most=0), "most is 0"),
+    (lambda g: DraftModel("draft.pte"), "a draft model of 'draft.pte', expected a Generator"),  # type: ignore[arg-type]
+    (lambda g: g.restore(None), "expected a snapshot, got None"),  # type: ignore[arg-type]
+]
+BAD_ROWS: list[tuple[Callable[[BatchGenerator], Any], str]] = [
+    (lambda b: b.append_tokens(1.0, [1]), "row is 1.0, expected the number of a row, or a list"),  # type: ignore[call-overload]
+    (lambda b: b.append_tokens(True, [1]), "row is True"),
+    (lambda b: b.rewind_to(1.0, 0), "row is 1.0"),  # type: ignore[call-overload]
+    (lambda b: b.rewind_to("0", 0), "row is '0'"),  # type: ignore[call-overload]
+    (lambda b: b.generate_next(0.0), "row is 0.0, expected the number of a row, or several"),  # type: ignore[call-overload]
+    (lambda b: b.generate_next(False), "row is False"),
 ]
 
 
@@ -45,6 +70,19 @@ def test_wrong_arguments_leave_a_generator_as_it_was(steps: int | None) -> None:
                 call(generator)
             assert generator.tokens == tuple(PROMPT)
         assert generator.generate((), 5, ()).tokens == golden("llama", tuple(PROMPT), 5)
+
+
+def test_wrong_rows_leave_a_batch_as_it_was() -> None:
+    with BatchGenerator(load("ragged")) as batch:
+        batch.append_tokens(0, PROMPT)
+        for call, message in BAD_ROWS:
+            with pytest.raises(InputError, match=message):
+                call(batch)
+            assert [batch.tokens(row) for row in range(batch.rows)] == [tuple(PROMPT), *[()] * (batch.rows - 1)]
+        chosen = batch.generate_next(0)
+    with BatchGenerator(load("ragged"), steps_per_submit=0) as other:
+        other.append_tokens(0, PROMPT)
+        assert other.generate_next(0) == chosen
 
 
 @pytest.mark.parametrize(

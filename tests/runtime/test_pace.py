@@ -173,3 +173,18 @@ def test_drafts_grow_where_they_are_right(most: int, adaptive: bool, expected: l
         else:
             reach.judge(reach.tokens, reach.tokens if right else 0)
     assert seen == expected
+
+
+@pytest.mark.parametrize("held_up", [2.0, 20.0, 60.0, 200.0, 10_000.0])
+def test_a_first_run_that_was_held_up_is_measured_again(held_up: float) -> None:
+    """Kernels are compiled in it. Nothing is ever drafted, so asking costs only what it interrupts."""
+    seconds, tokens = 0.0, 0
+    pace = Pace(alone=True, adaptive=True, clock=lambda: seconds)
+    for number in range(40):
+        began, first = seconds, tokens
+        pace.begin()
+        pace.drafted(0, wrong=False)
+        seconds += SWITCH + pace.waiting * STEP + (0.0 if number else held_up)
+        tokens += pace.waiting
+        pace.undrafted(pace.waiting)
+    assert (seconds - began) / (tokens - first) < (1 + 2 * TOLERATED) * STEP

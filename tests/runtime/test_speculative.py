@@ -253,7 +253,7 @@ def test_drafters_that_do_not_fit() -> None:
         with pytest.raises(InputError, match="expected"):
             bad()
     with Generator(load("long")) as generator, Generator(load("recurrent")) as recurrent:
-        with pytest.raises(InputError, match="proposes 0 tokens"):
+        with pytest.raises(InputError, match="most is 0"):
             DraftModel(generator, 0)
         with pytest.raises(UnsupportedError, match="must be able to go back"):
             DraftModel(recurrent)
