@@ -82,8 +82,14 @@ class Pace:
         self.waiting = 0
         """Tokens to decode before the drafter is asked again."""
 
+    def resume(self) -> None:
+        """Another run of the same sequence begins: the time between runs does not count."""
+        self._began = self._parted = self._now()
+        self._drafted = self._undrafted = 0
+
     def watch(self, steps: Generator[int, None, str]) -> Generator[int, None, str]:
         """The same tokens; the time that the caller spends between them is not counted."""
+        self.resume()
         try:
             while True:
                 try:

@@ -19,6 +19,7 @@ from .decoder import Convention
 from .delegate import KernelTime
 from .errors import InputError, UnsupportedError
 from .method import Method
+from .pace import Pace
 from .parts import Part, check_shared, open_methods
 from .program import Program
 from .rings import Rings, find_rings
@@ -73,6 +74,8 @@ class Session:
         """First position that ring buffers hold."""
         self._seed = secrets.randbits(64)
         self._stopped = False
+        self._pace: tuple[object, Pace] | None = None
+        """The last drafter, and what its drafts were worth."""
         self._changes = 0
         """Grows with every change of the sequence from outside a running stream."""
         self._key = object()

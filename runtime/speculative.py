@@ -250,7 +250,9 @@ class Speculator:
         self.part = find_part(session)
         self.sampling = sampling
         adaptive = getattr(drafter, "adaptive", True)
-        self.pace = Pace(alone, adaptive)
+        if session._pace is None or session._pace[0] != (drafter, alone):
+            session._pace = (drafter, alone), Pace(alone, adaptive)
+        self.pace = session._pace[1]
         self._reach = Reach(min(drafter.most, self.part.convention.chunk - 1), adaptive)
         self._proposals = drafter.begin(session, sampling, session._seed)
         self._drafted = self._accepted = self._calls = 0

@@ -92,7 +92,8 @@ class Workspace:
         self.users += 1
 
     def leave(self) -> None:
-        """One delegate less; the last one frees everything."""
+        """One delegate less; the last one frees everything. May run in any thread, without the device's lock, wherever
+        the last reference to a delegate goes: it touches only what no delegate uses any more."""
         self.users -= 1
         if self.users == 0:
             self.holder = None

@@ -188,3 +188,19 @@ def test_a_first_run_that_was_held_up_is_measured_again(held_up: float) -> None:
         tokens += pace.waiting
         pace.undrafted(pace.waiting)
     assert (seconds - began) / (tokens - first) < (1 + 2 * TOLERATED) * STEP
+
+
+def test_what_was_learnt_is_kept_between_runs_and_the_time_between_them_not_counted() -> None:
+    text = Text(lambda place: 1)
+    text.decode(2000)
+    waiting, rounds = text.waits[-1], text.rounds
+    text.pace.begin()
+    text.pace.drafted(0, wrong=False)
+    text.pace.undrafted(10)
+    text.seconds += 100_000 * STEP
+    text.pace.resume()
+    assert text.pace.waiting == waiting - 10 > LONGEST_WAIT
+    text.seconds += SWITCH + text.pace.waiting * STEP
+    text.pace.undrafted(text.pace.waiting)
+    assert text.decode(3000) < (1 + 2 * TOLERATED) * STEP
+    assert text.rounds - rounds <= 3000 // waiting + 1

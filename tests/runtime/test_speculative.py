@@ -287,3 +287,15 @@ def test_logits_that_are_nan_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
         assert generator.tokens == (*PROMPT, expected[0])
         monkeypatch.undo()
         assert more(generator, 8) == expected[1:]
+
+
+def test_what_drafts_were_worth_is_kept_for_the_next_call() -> None:
+    with Generator(load("long")) as generator:
+        generator.generate(PROMPT, 10, (), speculate=NGram(4, 2, 1))
+        kept = generator._pace
+        generator.generate((), 10, (), speculate=NGram(4, 2, 1))
+        assert generator._pace is kept is not None
+        generator.generate((), 10, (), speculate=NGram(5, 2, 1))
+        assert generator._pace is not kept
+        with generator.fork() as fork:
+            assert fork._pace is None
