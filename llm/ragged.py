@@ -205,6 +205,7 @@ def lower_ragged(
         The `ExecutorchProgramManager`; `.buffer` is the `.pte`.
     Raises:
         ValueError: max_tokens is outside [1, capacity].
+        NotImplementedError: torch.export does not take the module, or operators of it cannot be delegated; says which.
     """
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
@@ -213,9 +214,18 @@ def lower_ragged(
     longest = capacity if max_tokens is None else max_tokens
     if not 1 <= longest <= capacity:
         raise ValueError(f"max_tokens is {longest}, outside [1, {capacity}]")
+    used = partitioner or WebGPUPartitioner()
+    try:
+        exported = export_program(module, batch, longest)
+    except Exception as error:  # of many types, all about the module; the first line says what
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise NotImplementedError(
+            f"torch.export does not take this module ({type(error).__name__}: {first}). A mixture of experts that looks "
+            "at which experts were chosen is such a module"
+        ) from error
     edge = to_edge_transform_and_lower(
-        export_program(module, batch, longest),
-        partitioner=[partitioner or WebGPUPartitioner()],
+        exported,
+        partitioner=[used],
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         constant_methods={
             "get_max_context_len": capacity,
@@ -225,6 +235,9 @@ def lower_ragged(
             **(constant_methods or {}),
         },
     )
+    if used.refused:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in used.refused.items())
+        raise NotImplementedError(f"a batch needs its whole decoder in one delegate, but these stay outside: {reasons}")
     return edge.to_executorch()
 
 

@@ -31,6 +31,8 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("GPTJConfig", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 8}),
     "mamba": ("MambaConfig", {"state_size": 8}),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    "granite_moe": ("GraniteMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "opt": ("OPTConfig", {"ffn_dim": 192, "word_embed_proj_dim": 128}),
 }
 

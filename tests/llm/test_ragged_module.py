@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from executorch_webgpu.llm.ragged import RaggedDecoder, lower_ragged, make_ragged
+from executorch_webgpu.llm.ragged import RaggedDecoder, export_ragged, lower_ragged, make_ragged
 from tests.llm.models import int32, padded, prompts, tiny
 from tests.models.hf import FAMILIES, VOCAB
 
@@ -139,3 +139,15 @@ def test_the_check_finds_what_the_rewriting_cannot_see(monkeypatch: pytest.Monke
 def test_most_tokens_a_call(longest: int) -> None:
     with pytest.raises(ValueError, match=rf"max_tokens is {longest}, outside \[1, 64\]"):
         lower_ragged(torch.nn.Linear(1, 1), 2, 64, VOCAB, max_tokens=longest)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("mixtral", r"torch\.export does not take this module \(Guard.*mixture of experts"),
+        ("granite_moe", r"stay outside: .*aten\._local_scalar_dense"),
+    ],
+)
+def test_what_cannot_be_lowered_whole_is_refused(family: str, message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        export_ragged(tiny(family), 2, 32, max_tokens=4)
