@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -75,7 +76,7 @@ class BatchSequences:
             if whole.delegate.companion is not None:
                 whole.delegate.companion.close()
                 whole.delegate.companion = None
-            self._loop = whole.delegate.companion = BatchLoop(whole, self.convention, steps)
+            self._loop = whole.delegate.companion = BatchLoop(whole.lent(), self.convention, steps)
         except UnsupportedError as error:
             self.fallback = str(error)
 
@@ -476,9 +477,10 @@ def _load(program: Program, constants: Mapping[str, Any]) -> Method:
 
 def _free(loop: BatchLoop | None, copies: RowCopies, method: Method | None) -> None:
     if loop is not None:
-        if loop.delegate.companion is loop:
-            loop.delegate.companion = None
-        loop.close()
+        with contextlib.suppress(ReferenceError):  # the delegate went before
+            if loop.delegate.companion is loop:
+                loop.delegate.companion = None
+            loop.close()
     copies.close()
     if method is not None:
         method.close()

@@ -118,6 +118,26 @@ def wait(gpu: Any, submission: int | None = None) -> None:
     _api.libf.wgpuDevicePoll(gpu._internal, 1, index)
 
 
+class _Mapping:
+    """What became of a mapping that was asked for; `status` is None until it is known."""
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+        self.message = ""
+
+
+_asked: dict[int, Any] = {}
+"""Handles of mappings that were asked for, by address: native code has them until it calls back, whoever is gone."""
+
+
+@ffi.callback("void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)")  # type: ignore[untyped-decorator]
+def _mapped(status: int, message: Any, mapping: Any, _second: Any) -> None:
+    found: _Mapping = ffi.from_handle(mapping)
+    found.message = _api.from_c_string_view(message) or ""
+    found.status = status
+    del _asked[int(ffi.cast("uintptr_t", mapping))]
+
+
 class Download:
     """Reads a buffer with MAP_READ usage back. wgpu-py's own way waits for everything that was submitted, and submits
     once more; this one waits for the submission that wrote the buffer."""
@@ -125,32 +145,29 @@ class Download:
     def __init__(self, gpu: Any, buffer: Any) -> None:
         self.gpu = gpu
         self.buffer = buffer
-        self._status: int | None = None
-        self._message = ""
+        self._mapping = _Mapping()
         self._size = 0
-
-        @ffi.callback("void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)")  # type: ignore[untyped-decorator]
-        def mapped(status: int, message: Any, _first: Any, _second: Any) -> None:
-            self._message = _api.from_c_string_view(message) or ""
-            self._status = status
-
-        self._callback = mapped
 
     def begin(self, size: int) -> None:
         """Ask for the first `size` bytes (a multiple of 4), after the submit that writes them."""
+        self._mapping, self._size = _Mapping(), size
+        handle = ffi.new_handle(self._mapping)
+        _asked[int(ffi.cast("uintptr_t", handle))] = handle
         info = _api.new_struct(
-            "WGPUBufferMapCallbackInfo", mode=lib.WGPUCallbackMode_AllowProcessEvents, callback=self._callback
+            "WGPUBufferMapCallbackInfo",
+            mode=lib.WGPUCallbackMode_AllowProcessEvents,
+            callback=_mapped,
+            userdata1=handle,
         )
-        self._status, self._size = None, size
         _api.libf.wgpuBufferMapAsync(self.buffer._internal, lib.WGPUMapMode_Read, 0, size, info)
 
     def finish(self, submission: int) -> bytes:
         """Wait for the bytes. Raises RuntimeError if the device failed."""
         wait(self.gpu, submission)
-        while self._status is None:
+        while self._mapping.status is None:
             wait(self.gpu)
-        if self._status != lib.WGPUMapAsyncStatus_Success:
-            raise RuntimeError(f"reading back failed: {self._message} (status {self._status})")
+        if self._mapping.status != lib.WGPUMapAsyncStatus_Success:
+            raise RuntimeError(f"reading back failed: {self._mapping.message} (status {self._mapping.status})")
         try:
             start = _api.libf.wgpuBufferGetMappedRange(self.buffer._internal, 0, self._size)
             return bytes(ffi.buffer(start, self._size))

@@ -9,10 +9,11 @@ by position, so that going back is only counting.
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 
@@ -58,6 +59,10 @@ class Whole:
     positions: int
     logits: int
     lengths: int | None = None
+
+    def lent(self) -> Whole:
+        """For what the delegate keeps as its companion: that holds it weakly, so both go with the last other holder."""
+        return replace(self, delegate=cast(Delegate, weakref.proxy(self.delegate)))
 
     def order(self, given: Sequence[Any]) -> list[Any]:
         """The method's inputs in the delegate's order."""
@@ -133,7 +138,7 @@ class Resident:
             if found is not None:
                 found.close()
             whole.delegate.companion = None
-            made = cls(whole, convention, capacity)
+            made = cls(whole.lent(), convention, capacity)
             whole.delegate.companion = made
             return made
 

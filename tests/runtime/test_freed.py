@@ -66,10 +66,18 @@ def _batch(program: Program) -> None:
     BatchGenerator(program).run([Request(PROMPT, 6), Request(PROMPT[:2], 9)])
 
 
+def _around_a_method(program: Program) -> None:
+    Generator(program.load_method("forward"), program).generate(PROMPT, 12, ())
+
+
+def _around_a_method_of_a_batch(program: Program) -> None:
+    BatchGenerator(program.load_method("forward"), program).run([Request(PROMPT, 6)])
+
+
 USES: dict[str, list[Callable[[Program], None]]] = {
-    "llama": [_method, _on_the_gpu, _sampled, _on_the_host, _forked, _streamed],
+    "llama": [_method, _on_the_gpu, _sampled, _on_the_host, _forked, _streamed, _around_a_method],
     "hugging_face": [_drafted, _drafted_by_a_model],
-    "ragged": [_batch],
+    "ragged": [_batch, _around_a_method_of_a_batch],
 }
 
 
@@ -93,24 +101,3 @@ def test_programs_and_sequences_that_were_never_closed(kind: str, use: Callable[
         seen.append(on.memory.total)
     assert memory("weights") == weights
     assert seen[2] == seen[1]
-
-
-def _around_a_method(program: Program) -> None:
-    Generator(program.load_method("forward"), program).generate(PROMPT, 12, ())
-
-
-def _around_a_method_of_a_batch(program: Program) -> None:
-    BatchGenerator(program.load_method("forward"), program).run([Request(PROMPT, 6)])
-
-
-@pytest.mark.parametrize(("kind", "use"), [("llama", _around_a_method), ("ragged", _around_a_method_of_a_batch)])
-def test_methods_that_only_a_dropped_generator_used_are_freed(kind: str, use: Callable[[Program], None]) -> None:
-    """The loop on the GPU and its delegate hold each other: the garbage collector frees them, at the latest."""
-    on = device("full")
-    with Runtime(on).load_program(tiny_decoder.build(kind).pte) as program:
-        seen = []
-        for _ in range(3):
-            use(program)
-            gc.collect()
-            seen.append((on.memory.by_purpose.get("state", 0), on.memory.total))
-        assert seen[2] == seen[1] == seen[0]
