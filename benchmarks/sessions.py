@@ -20,7 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from executorch_webgpu.runtime import Generator, NGram, Program, Runtime
+from executorch_webgpu.runtime import Generator, NGram, Program, Runtime, UnsupportedError
+from executorch_webgpu.runtime.speculative import find_part
 
 ALLOWED = 200
 """Python objects that may be more at the end than after the first quarter: caches of the interpreter."""
@@ -101,7 +102,9 @@ def speculation(program: Program, most: int, tokens: int, repetitions: int, prom
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command-line entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sessions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--data", action="append", default=[], help="a .ptd file")
     parser.add_argument("--generators", type=int, default=20)
@@ -115,6 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prompt = [int(item) for item in args.prompt.split(",")]
     with Runtime.get().load_program(args.model, args.data) as program:
         if args.speculate is not None:
+            try:
+                with Generator(program) as generator:
+                    find_part(generator)
+            except UnsupportedError as error:
+                parser.error(str(error))
             return int(not speculation(program, args.speculate, args.tokens, args.repetitions, prompt))
         return int(not turns(program, args.generators, args.steps, args.together, prompt))
 

@@ -469,8 +469,8 @@ def _load(program: Program, constants: Mapping[str, Any]) -> Method:
     names = [name for name in sorted(program.method_names - set(constants)) if len(program.metadata(name).inputs) == 3]
     if len(names) != 1:
         raise UnsupportedError(
-            f"{len(names)} of the program's methods take three inputs ({', '.join(names) or 'none'}), expected one: "
-            "(tokens, past, q_len); load it and pass it instead"
+            f"{', '.join(names) or 'none'} of the program's methods take three inputs, expected one that takes "
+            "(tokens, past, q_len): load it and pass it instead"
         )
     return program.load_method(names[0])
 

@@ -81,9 +81,8 @@ def find_methods(program: Program, prefill: str | None = None, decode: str | Non
     """
     for role, given in (("prefill", prefill), ("decode", decode)):
         if given is not None and given not in program.method_names:
-            raise InputError(
-                f"{role} is {given!r}; the program has the methods {', '.join(sorted(program.method_names))}"
-            )
+            methods = ", ".join(sorted(program.method_names - set(program.constants)))
+            raise InputError(f"{role} is {given!r}; the program has {methods}")
     sizes: dict[str, int] = {}
     for name in sorted(program.method_names - set(program.constants)):
         try:

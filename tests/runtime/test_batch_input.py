@@ -160,7 +160,7 @@ def test_conventions_name_each_other() -> None:
     llama = load("llama").load_method()
     with pytest.raises(UnsupportedError, match="it has 2 inputs, not 3"):
         BatchGenerator(llama, load("llama"))
-    with pytest.raises(UnsupportedError, match="0 of the program's methods take three inputs"):
+    with pytest.raises(UnsupportedError, match="none of the program's methods take three inputs"):
         BatchGenerator(load("llama"))
     found = find_ragged(ragged, load("ragged").constants)
     assert (found.rows, found.chunk, found.vocabulary, found.capacity, found.every) == (4, 8, VOCAB, CAPACITY, False)
