@@ -4,9 +4,7 @@
 
 import flatbuffers
 from flatbuffers.compat import import_numpy
-
 np = import_numpy()
-
 
 class DimOp(object):
     constant = 0
@@ -33,7 +31,7 @@ class ArgKind(object):
 
 
 class Dim(object):
-    __slots__ = ["_tab"]
+    __slots__ = ['_tab']
 
     @classmethod
     def GetRootAs(cls, buf, offset=0):
@@ -46,7 +44,6 @@ class Dim(object):
     def GetRootAsDim(cls, buf, offset=0):
         """This method is deprecated. Please switch to GetRootAs."""
         return cls.GetRootAs(buf, offset)
-
     @classmethod
     def DimBufferHasIdentifier(cls, buf, offset, size_prefixed=False):
         return flatbuffers.util.BufferHasIdentifier(buf, offset, b"\x45\x57\x47\x50", size_prefixed=size_prefixed)
@@ -93,26 +90,20 @@ class Dim(object):
         o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(8))
         return o == 0
 
-
 def DimStart(builder):
     builder.StartObject(3)
-
 
 def DimAddOp(builder, op):
     builder.PrependUint8Slot(0, op, 0)
 
-
 def DimAddValue(builder, value):
     builder.PrependInt64Slot(1, value, 0)
-
 
 def DimAddArgs(builder, args):
     builder.PrependUOffsetTRelativeSlot(2, flatbuffers.number_types.UOffsetTFlags.py_type(args), 0)
 
-
 def DimStartArgsVector(builder, numElems):
     return builder.StartVector(4, numElems, 4)
-
 
 def DimEnd(builder):
     return builder.EndObject()
@@ -123,8 +114,8 @@ try:
 except:
     pass
 
-
 class DimT(object):
+
     # DimT
     def __init__(self):
         self.op = 0  # type: int
@@ -140,7 +131,7 @@ class DimT(object):
     @classmethod
     def InitFromPackedBuf(cls, buf, pos=0):
         n = flatbuffers.encode.Get(flatbuffers.packer.uoffset, buf, pos)
-        return cls.InitFromBuf(buf, pos + n)
+        return cls.InitFromBuf(buf, pos+n)
 
     @classmethod
     def InitFromObj(cls, dim):
@@ -183,7 +174,7 @@ class DimT(object):
 
 
 class Arg(object):
-    __slots__ = ["_tab"]
+    __slots__ = ['_tab']
 
     @classmethod
     def GetRootAs(cls, buf, offset=0):
@@ -196,7 +187,6 @@ class Arg(object):
     def GetRootAsArg(cls, buf, offset=0):
         """This method is deprecated. Please switch to GetRootAs."""
         return cls.GetRootAs(buf, offset)
-
     @classmethod
     def ArgBufferHasIdentifier(cls, buf, offset, size_prefixed=False):
         return flatbuffers.util.BufferHasIdentifier(buf, offset, b"\x45\x57\x47\x50", size_prefixed=size_prefixed)
@@ -274,42 +264,32 @@ class Arg(object):
         o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(16))
         return o == 0
 
-
 def ArgStart(builder):
     builder.StartObject(7)
-
 
 def ArgAddName(builder, name):
     builder.PrependUOffsetTRelativeSlot(0, flatbuffers.number_types.UOffsetTFlags.py_type(name), 0)
 
-
 def ArgAddKind(builder, kind):
     builder.PrependUint8Slot(1, kind, 0)
-
 
 def ArgAddInteger(builder, integer):
     builder.PrependInt64Slot(2, integer, 0)
 
-
 def ArgAddNumber(builder, number):
     builder.PrependFloat64Slot(3, number, 0.0)
-
 
 def ArgAddText(builder, text):
     builder.PrependUOffsetTRelativeSlot(4, flatbuffers.number_types.UOffsetTFlags.py_type(text), 0)
 
-
 def ArgAddDim(builder, dim):
     builder.PrependUOffsetTRelativeSlot(5, flatbuffers.number_types.UOffsetTFlags.py_type(dim), 0)
-
 
 def ArgAddItems(builder, items):
     builder.PrependUOffsetTRelativeSlot(6, flatbuffers.number_types.UOffsetTFlags.py_type(items), 0)
 
-
 def ArgStartItemsVector(builder, numElems):
     return builder.StartVector(4, numElems, 4)
-
 
 def ArgEnd(builder):
     return builder.EndObject()
@@ -320,8 +300,8 @@ try:
 except:
     pass
 
-
 class ArgT(object):
+
     # ArgT
     def __init__(self):
         self.name = None  # type: str
@@ -341,7 +321,7 @@ class ArgT(object):
     @classmethod
     def InitFromPackedBuf(cls, buf, pos=0):
         n = flatbuffers.encode.Get(flatbuffers.packer.uoffset, buf, pos)
-        return cls.InitFromBuf(buf, pos + n)
+        return cls.InitFromBuf(buf, pos+n)
 
     @classmethod
     def InitFromObj(cls, arg):
@@ -402,7 +382,7 @@ class ArgT(object):
 
 
 class Value(object):
-    __slots__ = ["_tab"]
+    __slots__ = ['_tab']
 
     @classmethod
     def GetRootAs(cls, buf, offset=0):
@@ -415,7 +395,6 @@ class Value(object):
     def GetRootAsValue(cls, buf, offset=0):
         """This method is deprecated. Please switch to GetRootAs."""
         return cls.GetRootAs(buf, offset)
-
     @classmethod
     def ValueBufferHasIdentifier(cls, buf, offset, size_prefixed=False):
         return flatbuffers.util.BufferHasIdentifier(buf, offset, b"\x45\x57\x47\x50", size_prefixed=size_prefixed)
@@ -483,38 +462,29 @@ class Value(object):
             return self._tab.Get(flatbuffers.number_types.Int32Flags, o + self._tab.Pos)
         return -1
 
-
 def ValueStart(builder):
     builder.StartObject(6)
-
 
 def ValueAddKind(builder, kind):
     builder.PrependUOffsetTRelativeSlot(0, flatbuffers.number_types.UOffsetTFlags.py_type(kind), 0)
 
-
 def ValueAddDtype(builder, dtype):
     builder.PrependUOffsetTRelativeSlot(1, flatbuffers.number_types.UOffsetTFlags.py_type(dtype), 0)
-
 
 def ValueAddShape(builder, shape):
     builder.PrependUOffsetTRelativeSlot(2, flatbuffers.number_types.UOffsetTFlags.py_type(shape), 0)
 
-
 def ValueStartShapeVector(builder, numElems):
     return builder.StartVector(4, numElems, 4)
-
 
 def ValueAddName(builder, name):
     builder.PrependUOffsetTRelativeSlot(3, flatbuffers.number_types.UOffsetTFlags.py_type(name), 0)
 
-
 def ValueAddData(builder, data):
     builder.PrependUOffsetTRelativeSlot(4, flatbuffers.number_types.UOffsetTFlags.py_type(data), 0)
 
-
 def ValueAddAlias(builder, alias):
     builder.PrependInt32Slot(5, alias, -1)
-
 
 def ValueEnd(builder):
     return builder.EndObject()
@@ -525,8 +495,8 @@ try:
 except:
     pass
 
-
 class ValueT(object):
+
     # ValueT
     def __init__(self):
         self.kind = None  # type: str
@@ -545,7 +515,7 @@ class ValueT(object):
     @classmethod
     def InitFromPackedBuf(cls, buf, pos=0):
         n = flatbuffers.encode.Get(flatbuffers.packer.uoffset, buf, pos)
-        return cls.InitFromBuf(buf, pos + n)
+        return cls.InitFromBuf(buf, pos+n)
 
     @classmethod
     def InitFromObj(cls, value):
@@ -606,7 +576,7 @@ class ValueT(object):
 
 
 class Node(object):
-    __slots__ = ["_tab"]
+    __slots__ = ['_tab']
 
     @classmethod
     def GetRootAs(cls, buf, offset=0):
@@ -619,7 +589,6 @@ class Node(object):
     def GetRootAsNode(cls, buf, offset=0):
         """This method is deprecated. Please switch to GetRootAs."""
         return cls.GetRootAs(buf, offset)
-
     @classmethod
     def NodeBufferHasIdentifier(cls, buf, offset, size_prefixed=False):
         return flatbuffers.util.BufferHasIdentifier(buf, offset, b"\x45\x57\x47\x50", size_prefixed=size_prefixed)
@@ -664,9 +633,7 @@ class Node(object):
         o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(8))
         if o != 0:
             a = self._tab.Vector(o)
-            return self._tab.Get(
-                flatbuffers.number_types.Uint32Flags, a + flatbuffers.number_types.UOffsetTFlags.py_type(j * 4)
-            )
+            return self._tab.Get(flatbuffers.number_types.Uint32Flags, a + flatbuffers.number_types.UOffsetTFlags.py_type(j * 4))
         return 0
 
     # Node
@@ -695,34 +662,26 @@ class Node(object):
             return self._tab.String(o + self._tab.Pos)
         return None
 
-
 def NodeStart(builder):
     builder.StartObject(4)
-
 
 def NodeAddOp(builder, op):
     builder.PrependUOffsetTRelativeSlot(0, flatbuffers.number_types.UOffsetTFlags.py_type(op), 0)
 
-
 def NodeAddArgs(builder, args):
     builder.PrependUOffsetTRelativeSlot(1, flatbuffers.number_types.UOffsetTFlags.py_type(args), 0)
-
 
 def NodeStartArgsVector(builder, numElems):
     return builder.StartVector(4, numElems, 4)
 
-
 def NodeAddOutputs(builder, outputs):
     builder.PrependUOffsetTRelativeSlot(2, flatbuffers.number_types.UOffsetTFlags.py_type(outputs), 0)
-
 
 def NodeStartOutputsVector(builder, numElems):
     return builder.StartVector(4, numElems, 4)
 
-
 def NodeAddName(builder, name):
     builder.PrependUOffsetTRelativeSlot(3, flatbuffers.number_types.UOffsetTFlags.py_type(name), 0)
-
 
 def NodeEnd(builder):
     return builder.EndObject()
@@ -733,8 +692,8 @@ try:
 except:
     pass
 
-
 class NodeT(object):
+
     # NodeT
     def __init__(self):
         self.op = None  # type: str
@@ -751,7 +710,7 @@ class NodeT(object):
     @classmethod
     def InitFromPackedBuf(cls, buf, pos=0):
         n = flatbuffers.encode.Get(flatbuffers.packer.uoffset, buf, pos)
-        return cls.InitFromBuf(buf, pos + n)
+        return cls.InitFromBuf(buf, pos+n)
 
     @classmethod
     def InitFromObj(cls, node):
@@ -817,7 +776,7 @@ class NodeT(object):
 
 
 class SymbolRange(object):
-    __slots__ = ["_tab"]
+    __slots__ = ['_tab']
 
     @classmethod
     def GetRootAs(cls, buf, offset=0):
@@ -830,7 +789,6 @@ class SymbolRange(object):
     def GetRootAsSymbolRange(cls, buf, offset=0):
         """This method is deprecated. Please switch to GetRootAs."""
         return cls.GetRootAs(buf, offset)
-
     @classmethod
     def SymbolRangeBufferHasIdentifier(cls, buf, offset, size_prefixed=False):
         return flatbuffers.util.BufferHasIdentifier(buf, offset, b"\x45\x57\x47\x50", size_prefixed=size_prefixed)
@@ -870,26 +828,20 @@ class SymbolRange(object):
             return bool(self._tab.Get(flatbuffers.number_types.BoolFlags, o + self._tab.Pos))
         return False
 
-
 def SymbolRangeStart(builder):
     builder.StartObject(4)
-
 
 def SymbolRangeAddSymbol(builder, symbol):
     builder.PrependUOffsetTRelativeSlot(0, flatbuffers.number_types.UOffsetTFlags.py_type(symbol), 0)
 
-
 def SymbolRangeAddLow(builder, low):
     builder.PrependInt64Slot(1, low, 0)
-
 
 def SymbolRangeAddHigh(builder, high):
     builder.PrependInt64Slot(2, high, 0)
 
-
 def SymbolRangeAddBounded(builder, bounded):
     builder.PrependBoolSlot(3, bounded, 0)
-
 
 def SymbolRangeEnd(builder):
     return builder.EndObject()
@@ -900,8 +852,8 @@ try:
 except:
     pass
 
-
 class SymbolRangeT(object):
+
     # SymbolRangeT
     def __init__(self):
         self.symbol = None  # type: Optional[DimT]
@@ -918,7 +870,7 @@ class SymbolRangeT(object):
     @classmethod
     def InitFromPackedBuf(cls, buf, pos=0):
         n = flatbuffers.encode.Get(flatbuffers.packer.uoffset, buf, pos)
-        return cls.InitFromBuf(buf, pos + n)
+        return cls.InitFromBuf(buf, pos+n)
 
     @classmethod
     def InitFromObj(cls, symbolRange):
@@ -951,7 +903,7 @@ class SymbolRangeT(object):
 
 
 class Mutation(object):
-    __slots__ = ["_tab"]
+    __slots__ = ['_tab']
 
     @classmethod
     def GetRootAs(cls, buf, offset=0):
@@ -964,7 +916,6 @@ class Mutation(object):
     def GetRootAsMutation(cls, buf, offset=0):
         """This method is deprecated. Please switch to GetRootAs."""
         return cls.GetRootAs(buf, offset)
-
     @classmethod
     def MutationBufferHasIdentifier(cls, buf, offset, size_prefixed=False):
         return flatbuffers.util.BufferHasIdentifier(buf, offset, b"\x45\x57\x47\x50", size_prefixed=size_prefixed)
@@ -987,24 +938,22 @@ class Mutation(object):
             return self._tab.Get(flatbuffers.number_types.Uint32Flags, o + self._tab.Pos)
         return 0
 
-
 def MutationStart(builder):
     builder.StartObject(2)
-
 
 def MutationAddTarget(builder, target):
     builder.PrependUint32Slot(0, target, 0)
 
-
 def MutationAddSource(builder, source):
     builder.PrependUint32Slot(1, source, 0)
-
 
 def MutationEnd(builder):
     return builder.EndObject()
 
 
+
 class MutationT(object):
+
     # MutationT
     def __init__(self):
         self.target = 0  # type: int
@@ -1019,7 +968,7 @@ class MutationT(object):
     @classmethod
     def InitFromPackedBuf(cls, buf, pos=0):
         n = flatbuffers.encode.Get(flatbuffers.packer.uoffset, buf, pos)
-        return cls.InitFromBuf(buf, pos + n)
+        return cls.InitFromBuf(buf, pos+n)
 
     @classmethod
     def InitFromObj(cls, mutation):
@@ -1044,7 +993,7 @@ class MutationT(object):
 
 
 class Graph(object):
-    __slots__ = ["_tab"]
+    __slots__ = ['_tab']
 
     @classmethod
     def GetRootAs(cls, buf, offset=0):
@@ -1057,7 +1006,6 @@ class Graph(object):
     def GetRootAsGraph(cls, buf, offset=0):
         """This method is deprecated. Please switch to GetRootAs."""
         return cls.GetRootAs(buf, offset)
-
     @classmethod
     def GraphBufferHasIdentifier(cls, buf, offset, size_prefixed=False):
         return flatbuffers.util.BufferHasIdentifier(buf, offset, b"\x45\x57\x47\x50", size_prefixed=size_prefixed)
@@ -1133,9 +1081,7 @@ class Graph(object):
         o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(12))
         if o != 0:
             a = self._tab.Vector(o)
-            return self._tab.Get(
-                flatbuffers.number_types.Uint32Flags, a + flatbuffers.number_types.UOffsetTFlags.py_type(j * 4)
-            )
+            return self._tab.Get(flatbuffers.number_types.Uint32Flags, a + flatbuffers.number_types.UOffsetTFlags.py_type(j * 4))
         return 0
 
     # Graph
@@ -1229,66 +1175,50 @@ class Graph(object):
         o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(18))
         return o == 0
 
-
 def GraphStart(builder):
     builder.StartObject(8)
-
 
 def GraphAddFormatVersion(builder, formatVersion):
     builder.PrependUint32Slot(0, formatVersion, 0)
 
-
 def GraphAddModelId(builder, modelId):
     builder.PrependUOffsetTRelativeSlot(1, flatbuffers.number_types.UOffsetTFlags.py_type(modelId), 0)
-
 
 def GraphAddValues(builder, values):
     builder.PrependUOffsetTRelativeSlot(2, flatbuffers.number_types.UOffsetTFlags.py_type(values), 0)
 
-
 def GraphStartValuesVector(builder, numElems):
     return builder.StartVector(4, numElems, 4)
-
 
 def GraphAddNodes(builder, nodes):
     builder.PrependUOffsetTRelativeSlot(3, flatbuffers.number_types.UOffsetTFlags.py_type(nodes), 0)
 
-
 def GraphStartNodesVector(builder, numElems):
     return builder.StartVector(4, numElems, 4)
-
 
 def GraphAddInputs(builder, inputs):
     builder.PrependUOffsetTRelativeSlot(4, flatbuffers.number_types.UOffsetTFlags.py_type(inputs), 0)
 
-
 def GraphStartInputsVector(builder, numElems):
     return builder.StartVector(4, numElems, 4)
-
 
 def GraphAddOutputs(builder, outputs):
     builder.PrependUOffsetTRelativeSlot(5, flatbuffers.number_types.UOffsetTFlags.py_type(outputs), 0)
 
-
 def GraphStartOutputsVector(builder, numElems):
     return builder.StartVector(4, numElems, 4)
-
 
 def GraphAddMutations(builder, mutations):
     builder.PrependUOffsetTRelativeSlot(6, flatbuffers.number_types.UOffsetTFlags.py_type(mutations), 0)
 
-
 def GraphStartMutationsVector(builder, numElems):
     return builder.StartVector(4, numElems, 4)
-
 
 def GraphAddSymbols(builder, symbols):
     builder.PrependUOffsetTRelativeSlot(7, flatbuffers.number_types.UOffsetTFlags.py_type(symbols), 0)
 
-
 def GraphStartSymbolsVector(builder, numElems):
     return builder.StartVector(4, numElems, 4)
-
 
 def GraphEnd(builder):
     return builder.EndObject()
@@ -1299,8 +1229,8 @@ try:
 except:
     pass
 
-
 class GraphT(object):
+
     # GraphT
     def __init__(self):
         self.formatVersion = 0  # type: int
@@ -1321,7 +1251,7 @@ class GraphT(object):
     @classmethod
     def InitFromPackedBuf(cls, buf, pos=0):
         n = flatbuffers.encode.Get(flatbuffers.packer.uoffset, buf, pos)
-        return cls.InitFromBuf(buf, pos + n)
+        return cls.InitFromBuf(buf, pos+n)
 
     @classmethod
     def InitFromObj(cls, graph):
@@ -1453,3 +1383,5 @@ class GraphT(object):
             GraphAddSymbols(builder, symbols)
         graph = GraphEnd(builder)
         return graph
+
+
