@@ -220,8 +220,8 @@ def lower_ragged(
     except Exception as error:  # of many types, all about the module; the first line says what
         first = next(iter(str(error).strip().splitlines()), "")
         raise NotImplementedError(
-            f"torch.export does not take this module ({type(error).__name__}: {first}). A mixture of experts that looks "
-            "at which experts were chosen is such a module"
+            f"torch.export does not take this module ({type(error).__name__}: {first}). A mixture of experts that "
+            "looks at which experts were chosen is such a module"
         ) from error
     edge = to_edge_transform_and_lower(
         exported,

@@ -4,6 +4,7 @@ Arguments:
     input: [.., K], K a multiple of four; float32, float16 or bfloat16.
     quant_min, quant_max: the range of codes, at most 255 apart.
     eps: least scale, a number.
+    symmetric: as of `webgpu.fake_quantize`; not given: False.
     norm_weight, norm_eps: an RMSNorm over K that goes first, as `webgpu.rms_norm` computes it but for the last bits;
         None: no norm.
 
@@ -95,7 +96,7 @@ def supports(graph: Graph, node: Node) -> str | None:
         return f"the result {out.dtype}{list(out.shape)} is no {CODES} of rows of {words(k)} words"
     norm_eps = node.args.get("norm_eps")
     try:
-        span_of(tuple(node.args.get(name) for name in ("quant_min", "quant_max", "eps")))
+        span_of(range_of(node))
     except ValueError as error:
         return str(error)
     if isinstance(norm_eps, bool) or not isinstance(norm_eps, float | int | None):
@@ -114,15 +115,27 @@ def _whole(arg: Arg) -> bool:
     return isinstance(arg, int) and not isinstance(arg, bool)
 
 
+def range_of(node: Node) -> Arg:
+    """(quant_min, quant_max, eps) of a node, with True behind them where it is symmetric: `quantize` of a product."""
+    found = tuple(node.args.get(name) for name in ("quant_min", "quant_max", "eps"))
+    symmetric = node.args.get("symmetric", False)
+    return found if symmetric is False else (*found, symmetric)
+
+
+def symmetric_of(arg: Arg) -> bool:
+    """`Projection.symmetric` of what `range_of` gives."""
+    return isinstance(arg, tuple) and arg[3:] == (True,)
+
+
 def span_of(arg: Arg) -> tuple[float, float, float, float]:
-    """`Projection.span` of (quant_min, quant_max, eps).
+    """`Projection.span` of what `range_of` gives.
 
     Raises:
         ValueError: it is something else, or codes are no bytes.
     """
-    if not isinstance(arg, tuple) or len(arg) != 3:
+    if not isinstance(arg, tuple) or len(arg) not in (3, 4) or not all(isinstance(flag, bool) for flag in arg[3:]):
         raise ValueError(f"{arg!r} is no range of codes with a least scale")
-    low, high, eps = arg
+    low, high, eps = arg[:3]
     if not _whole(low) or not _whole(high) or not 0 < int(str(high)) - int(str(low)) <= WIDEST:
         raise ValueError(f"codes from {low} to {high}; whole numbers at most {WIDEST} apart are supported")
     if isinstance(eps, bool) or not isinstance(eps, float | int):
@@ -144,7 +157,8 @@ def lower(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
         (),
         None if eps is None else float(str(eps)),
         Tensor(ctx.id(norm), ctx.wgsl_type(norm)) if isinstance(norm, Ref) else None,
-        span=span_of(tuple(node.args[name] for name in ("quant_min", "quant_max", "eps"))),
+        span=span_of(range_of(node)),
+        symmetric=symmetric_of(range_of(node)),
     )
     if p.m:
         yield _quantize(ctx, p, node.outputs[0])
@@ -158,7 +172,7 @@ def quantize(ctx: Lowering, p: Projection) -> tuple[Projection, Dispatch]:
 
 def coded(p: Projection, codes: int = 0) -> Projection:
     """A projection with a `span` as one whose input is the integers in value `codes`."""
-    return replace(p, x=Tensor(codes, CODES), eps=None, norm=None, dtype=CODES, span=None)
+    return replace(p, x=Tensor(codes, CODES), eps=None, norm=None, dtype=CODES, span=None, symmetric=False)
 
 
 def _quantize(ctx: Lowering, p: Projection, out: int) -> Dispatch:
@@ -173,7 +187,7 @@ def _quantize(ctx: Lowering, p: Projection, out: int) -> Dispatch:
     size = 1 << (p.k // 8 - 1).bit_length() if p.k > 8 else 1  # two columns of four an invocation
     consts = {
         "WG": min(max(size, _LEAST), _LARGEST, ctx.limits.max_invocations), "NORM": p.eps is not None,
-        "NORM_WEIGHT": p.norm is not None,
+        "NORM_WEIGHT": p.norm is not None, "SYMMETRIC": p.symmetric,
     }  # fmt: skip
     body = wgsl.source("quantize_range") + wgsl.source("quotient")
     return Dispatch("quantize_activations", bindings, params, ctx.fold_grid(p.m), consts=consts, types=types, body=body)

@@ -1,14 +1,15 @@
 """Quantisation operators of torchao and of ExecuTorch's decomposed library, one by one, and `webgpu.fake_quantize`.
 
     torchao.dequantize_affine, torchao.quantize_affine       blocks of any shape that divide, up to four axes
-    torchao.choose_qparams_affine, webgpu.fake_quantize      asymmetric, a block a row
+    torchao.choose_qparams_affine, webgpu.fake_quantize      (a)symmetric, a block a row; choose: or the whole tensor
     torchao.dequantize_int4_tensor                           two codes a byte, scales [groups, N]
     quantized_decomposed.embedding_byte | 4bit | 2bit        lookups that dequantise
 
 What a pass recognises around weights it packs (`backend/passes/quantized.py`); these are right for everything else.
 
-`webgpu.fake_quantize(input, quant_min, quant_max, eps)` gives, in one dispatch, what `dequantize_affine` of
-`quantize_affine` of the input gives with the scale and zero point that `choose_qparams_affine` finds for each row.
+`webgpu.fake_quantize(input, quant_min, quant_max, eps, symmetric=False)` gives, in one dispatch, what
+`dequantize_affine` of `quantize_affine` of the input gives with the scale and zero point that `choose_qparams_affine`
+finds for each row.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from math import prod
 
 from .. import wgsl
-from ..backend.graph import FLOATS, INTEGERS, Arg, Graph, Node, Ref, Value
+from ..backend.graph import FLOATS, INTEGERS, Arg, Dim, Graph, Node, Ref, Value
 from .base import Dispatch, Lowering, Param, register
 
 MAX_RANK = 4
@@ -30,6 +31,8 @@ QUANTIZE = "torchao.quantize_affine.default"
 CHOOSE = "torchao.choose_qparams_affine.default"
 INT4 = "torchao.dequantize_int4_tensor.default"
 FAKE = "webgpu.fake_quantize"
+MAPPINGS = {"ASYMMETRIC": False, "SYMMETRIC": True}
+"""How a range becomes scale and zero point -> whether zero is in its middle."""
 TABLES = {"byte": 8, "4bit": 4, "2bit": 2}
 
 
@@ -165,6 +168,17 @@ register(DEQUANTIZE, QUANTIZE, supports=supports_affine, lower=lower_affine)
 # -- rows by their own range
 
 
+def rows_of(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """The blocks that are a tensor's rows."""
+    return *(1 for _ in shape[:-1]), shape[-1]
+
+
+def symmetric(node: Node) -> bool:
+    """Whether choose_qparams_affine or `webgpu.fake_quantize` puts zero in the middle."""
+    given = node.args.get("symmetric", False) if node.op == FAKE else MAPPINGS[str(node.args["mapping_type"])]
+    return given is True
+
+
 def supports_rows(graph: Graph, node: Node) -> str | None:
     """choose_qparams_affine and `webgpu.fake_quantize`."""
     source = _value(graph, node.args["input"], ("f32", "f16", "bf16"), "the input")
@@ -176,21 +190,28 @@ def supports_rows(graph: Graph, node: Node) -> str | None:
     eps = node.args["eps"]
     if eps is not None and not isinstance(eps, int | float):
         return "eps is not a number known at export"
+    if node.op == FAKE and not isinstance(node.args.get("symmetric", False), bool):
+        return "symmetric is not a literal bool"
     if reason is not None or node.op == FAKE:
         return reason
-    if node.args["mapping_type"] != "ASYMMETRIC":
-        return f"mapping {node.args['mapping_type']}; only ASYMMETRIC is supported"
-    if node.args["block_size"] != (*(1 for _ in source.shape[:-1]), source.shape[-1]):
-        return f"blocks {node.args['block_size']} of an input {list(source.shape)}; only whole rows are supported"
+    if node.args["mapping_type"] not in MAPPINGS:
+        return f"mapping {node.args['mapping_type']}; {' and '.join(MAPPINGS)} are supported"
+    if node.args["block_size"] not in (rows_of(source.shape), source.shape):
+        return (
+            f"blocks {node.args['block_size']} of an input {list(source.shape)}; whole rows, or the whole input, are "
+            "supported"
+        )
     scale = _value(graph, Ref(node.outputs[0]), ("f32", "f16", "bf16"), "the scale")
     zero = _value(graph, Ref(node.outputs[1]), tuple(INTEGERS), "the zero point")
     return next((found for found in (scale, zero) if isinstance(found, str)), None)
 
 
 def lower_rows(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
-    """A workgroup a row."""
+    """A workgroup a row; the whole input is one row where it is one block."""
     source = node.args["input"]
-    *_, k = ctx.shape(source)
+    shape = ctx.value(source).shape
+    whole = node.op == CHOOSE and node.args["block_size"] != rows_of(shape)
+    k = ctx.numel(source) if whole else ctx.shape(source)[-1]
     rows = ctx.numel(source) // k if k else 0
     if rows == 0:
         return
@@ -208,7 +229,7 @@ def lower_rows(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
     numbers: dict[str, Param] = {
         "rows": rows, "k": k, "low": low, "high": high, "eps": SMALLEST[dtype] if eps is None else float(str(eps)),
     }  # fmt: skip
-    consts = {"FAKE": node.op == FAKE}
+    consts = {"FAKE": node.op == FAKE, "SYMMETRIC": symmetric(node)}
     body = wgsl.source("quantize_range") + wgsl.source("quotient")
     yield Dispatch("quantize_rows", bindings, numbers, ctx.fold_grid(rows), consts=consts, types=types, body=body)
 

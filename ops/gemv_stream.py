@@ -104,6 +104,7 @@ class Projection:
             counts columns.
         span: x, or its norm, is quantised to 8 bits row by row: low and high of codes, least scale, and what is taken
             off codes to make them signed bytes; or None.
+        symmetric: whether zero is in the middle of what is quantised so.
     """
 
     x: Tensor
@@ -120,6 +121,7 @@ class Projection:
     formats: tuple[Format | None, ...] = ()
     dtype: str = "f32"
     span: tuple[float, float, float, float] | None = None
+    symmetric: bool = False
 
     @property
     def digits(self) -> int:
@@ -333,7 +335,10 @@ def pieces(ctx: Lowering, p: Projection, choice: Choice) -> Pieces:
     else:
         body = _packed_body(choice.columns, form.bits, _COPIED if p.coded else _QUANTIZED if p.span else _DIGITS)
         if p.span:
-            consts |= {"NORM": False, "NORMED": p.eps is not None, "REACH": _reach(ctx.limits, choice)}
+            consts |= {
+                "NORM": False, "NORMED": p.eps is not None, "REACH": _reach(ctx.limits, choice),
+                "SYMMETRIC": p.symmetric,
+            }  # fmt: skip
         consts |= {
             "SETS": choice.sets, "CHUNK": choice.chunk, "DIGITS": p.digits,
             "GROUP_CELLS": max(form.group // form.per_cell, 1) if form.groups > 1 else form.cells,

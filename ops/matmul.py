@@ -1,9 +1,10 @@
-"""Matrix products: linear, mm, addmm, bmm, baddbmm, addmv, mv, dot, matmul, and the fused `webgpu.linear`.
+"""Matrix products: linear, mm, addmm, bmm, baddbmm, addmv, mv, dot, matmul, _int_mm, and the fused `webgpu.linear`.
 
-Every operator is put into one form, `Product`:
+Every operator of floats is put into one form, `Product`:
     out[b, m, n] = alpha * sum_k A[b, m, k] * B[b, k, n] + beta * bias[b, m, n]
 with A [.., M, K], B [.., K, N] or [.., N, K], f32 sums, and operands of any mix of f32, f16 and bf16. `dispatch`
-chooses the kernel from sizes and limits alone.
+chooses the kernel from sizes and limits alone. `_int_mm`, of bytes, is exact and has one kernel, for what
+`backend/passes/quantized_activations.py` does not make a product with packed weights of.
 """
 
 from __future__ import annotations
@@ -285,3 +286,38 @@ for _name, _a, _b in (
     ("aten.addmv.default", "mat", "vec"),
 ):
     register(_name, supports=_supports(_a, _b, "self"), lower=_lower(_sum(_a, _b)))
+
+
+# -- bytes
+
+
+def supports_integers(graph: Graph, node: Node) -> str | None:
+    """aten._int_mm: self [M, K] and mat2 [K, N] of int8 or uint8; the result is int32."""
+    shapes: list[tuple[Dim, ...]] = []
+    for name in ("self", "mat2"):
+        arg = node.args[name]
+        if not isinstance(arg, Ref):
+            return f"{name} is no tensor"
+        value = graph.value(arg)
+        if value.dtype not in ("i8", "u8") or len(value.shape) != 2:
+            return f"{name} is {value.dtype}{list(value.shape)}; matrices of int8 or uint8 are supported"
+        shapes.append(value.shape)
+    (m, k), (inner, n) = shapes
+    if _unequal(k, inner):
+        return f"self [{m}, {k}] and mat2 [{inner}, {n}] do not multiply: {k} against {inner}"
+    out = graph.values[node.outputs[0]]
+    if out.dtype != "i32" or len(out.shape) != 2:
+        return f"the result is {out.dtype}{list(out.shape)}; a matrix of int32 is supported"
+    return None
+
+
+def lower_integers(ctx: Lowering, node: Node) -> Iterator[Dispatch]:
+    """An invocation an output."""
+    a, b = node.args["self"], node.args["mat2"]
+    (m, k), n = ctx.shape(a), ctx.shape(b)[1]
+    if m * n:
+        bindings = {"a": ctx.id(a), "b": ctx.id(b), "out": node.outputs[0]}
+        yield Dispatch("int_mm", bindings, {"n": n, "k": k, "count": m * n}, ctx.grid_1d(m * n, 64))
+
+
+register("aten._int_mm.default", supports=supports_integers, lower=lower_integers)

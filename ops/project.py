@@ -116,7 +116,7 @@ def expanded(graph: Graph, node: Node, first: int) -> tuple[list[Value], list[No
         values.append(Value("temp", activations.CODES, (*shape[:-1], words), f"{node.name}.codes"))
         codes: dict[str, Arg] = {
             "input": x, "quant_min": int(low), "quant_max": int(high), "eps": least, "norm_weight": p.norm_weight,
-            "norm_eps": p.norm_eps,
+            "norm_eps": p.norm_eps, "symmetric": activations.symmetric_of(p.quantize),
         }  # fmt: skip
         x = make(activations.NAME, codes, first)
     elif p.norm_eps is not None:
@@ -232,6 +232,7 @@ def projection(ctx: Lowering, node: Node) -> Projection:
         quantized(p.formats),
         multiplied(ctx, p, ctx.out(node)),
         None if p.quantize is None else activations.span_of(p.quantize),
+        activations.symmetric_of(p.quantize),
     )
 
 

@@ -1,16 +1,24 @@
-// No kernel: scale, zero point and code of rows that are quantised asymmetrically by their own range, as the host rounds them; appended to
-// quantize_rows.wgsl, quantize_activations.wgsl and kernels of the gemv_stream family, with quotient.wgsl.
+// No kernel: scale, zero point and code of rows that are quantised by their own range, as the host rounds them; appended to quantize_rows.wgsl,
+// quantize_activations.wgsl and kernels of the gemv_stream family, with quotient.wgsl.
 //
-//   s = max((most - least) / (high - low), eps), z = clamp(low - round(least / s), low, high), code = clamp(round(x * (1 / s)) + z, low, high)
+//               s = max((most - least) / (high - low), eps), z = clamp(low - round(least / s), low, high)
+//   SYMMETRIC:  s = max(max(-least, most) / ((high - low) / 2), eps), z = the middle of low .. high + 1, towards 0
+//   code = clamp(round(x * (1 / s)) + z, low, high)
 //
 // where least <= 0 <= most, and span = (low, high, eps). Divisions are corrected by one step of Newton's method, so that they round as the host's
 // do; ties go to even.
 
 fn range_scale(least: f32, most: f32, span: vec3<f32>) -> f32 {
+    if (SYMMETRIC) {
+        return max(quotient(max(-least, most), 0.5 * (span.y - span.x)), span.z);
+    }
     return max(quotient(most - least, span.y - span.x), span.z);
 }
 
 fn range_zero(least: f32, s: f32, span: vec3<f32>) -> f32 {
+    if (SYMMETRIC) {
+        return trunc(0.5 * (span.x + span.y + 1.0));
+    }
     return clamp(span.x - round(quotient(least, s)), span.x, span.y);
 }
 

@@ -1,6 +1,6 @@
-// Asymmetric quantisation of every row of x [rows, K] by its own range:
-//   least = min(0, min_k x), most = max(0, max_k x), s = max((most - least) / (high - low), eps), z = clamp(low - round(least / s), low, high)
-// and either s and z themselves, or (FAKE) what is left after quantising and dequantising: (clamp(round(x * (1 / s)) + z, low, high) - z) * s.
+// Quantisation of every row of x [rows, K] by its own range, least = min(0, min_k x) and most = max(0, max_k x), which quantize_range.wgsl makes a
+// scale s and a zero point z of: either s and z themselves, or (FAKE) what is left after quantising and dequantising:
+// (clamp(round(x * (1 / s)) + z, low, high) - z) * s.
 //
 // One workgroup a row: 256 invocations find the range in workgroup memory, then go over the row again.
 // Memory traffic: x twice, the second time from the caches; the result once. Versions tried: this one only.

@@ -50,7 +50,7 @@ def _joined(graph: Graph) -> Graph:
             continue
         args = dict(node.args) if node.op == project.NAME else _as_project(node)
         args |= {name: made.args[name] for name in ("input", "norm_weight", "norm_eps")}
-        args["quantize"] = tuple(made.args[name] for name in ("quant_min", "quant_max", "eps"))
+        args["quantize"] = activations.range_of(made)
         editor.nodes.append(replace(node, op=project.NAME, args=args))
     return editor.finish()
 
@@ -87,6 +87,7 @@ def _quantizer(links: Links, node: Node) -> _Quantizer | None:
     args: dict[str, Arg] = {
         "input": node.args["input"], "quant_min": node.args["quant_min"], "quant_max": node.args["quant_max"],
         "eps": SMALLEST[source.dtype] if eps is None else eps, "norm_weight": None, "norm_eps": None,
+        "symmetric": node.args.get("symmetric", False),
     }  # fmt: skip
     norm = None if floats else _norm(links, node)
     if norm is not None:

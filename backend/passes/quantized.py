@@ -1,21 +1,21 @@
 """Quantised weights as exporters spell them: linear layers and lookups that read packed words (`ops/packed.py`).
 
-The only pass that looks at the content of constants: it writes them anew. What it knows:
+It looks at the content of constants and writes them anew. What it knows:
 
     dequantize_affine(q i8|u8 [N, K], [1, group], scale, zero)         torchao: weights, and tables of lookups
     dequantize_int4_tensor(q u8 [N, K / 2], scale [groups, N], ..)     two codes a byte, the even column low
     _to_copy(q i8 [N, K]) .. mul(linear(x, q), scale [N])              scales after the product
     embedding_byte | embedding_4bit | embedding_2bit(q, scale, ..)     two codes a byte, the even column high; four, low
 
-in front of `linear`, `mm`, `addmm` and `embedding`. Activations that are quantised row by row and dequantised at once
-(`choose_qparams_affine`, `quantize_affine`, `dequantize_affine`) become one `webgpu.fake_quantize`.
+in front of `linear`, `mm`, `addmm` and `embedding`. Activations that are quantised row by row come first
+(`quantized_activations.py`): integer products become linear layers.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from ..packing import QuantizationError as QuantizationError
 from ..packing import pack, unpack_bits
 from .cleanup import redirect
 from .match import CAST, COPY, MUL, VIEW, operands
+from .quantized_activations import fuse_activations, join_integer_products
 from .rewrite import Editor, Links
 
 Array = np.ndarray[Any, Any]
@@ -40,11 +41,8 @@ ORIGIN = "|"
 
 AFFINE = "torchao.dequantize_affine.default"
 INT4 = "torchao.dequantize_int4_tensor.default"
-QUANTIZE = "torchao.quantize_affine.default"
-CHOOSE = "torchao.choose_qparams_affine.default"
 EMBEDDING = "aten.embedding.default"
 EMBEDDING_PACKED = "webgpu.embedding_packed"
-FAKE_QUANTIZE = "webgpu.fake_quantize"
 TABLES = {
     f"quantized_decomposed.embedding_{name}.{overload}": bits
     for name, bits in (("byte", 8), ("4bit", 4), ("2bit", 2))
@@ -82,39 +80,7 @@ def fuse_quantized(graph: Graph, constants: Constants) -> Graph:
     Raises:
         QuantizationError: a weight that is found means nothing: groups that do not divide, scales that are not finite.
     """
-    return _fuse_weights(fuse_activations(graph), constants)
-
-
-def fuse_activations(graph: Graph) -> Graph:
-    """dequantize(quantize(x, s, z), s, z) with (s, z) from x, row by row, as `webgpu.fake_quantize`."""
-    links = Links(graph)
-    nodes = [_activation(links, node) or node for node in graph.nodes]
-    return replace(graph, nodes=tuple(nodes))
-
-
-def _activation(links: Links, node: Node) -> Node | None:
-    if node.op != AFFINE:
-        return None
-    quantize = links.made_by(node.args["input"], QUANTIZE)
-    choose = links.made_by(node.args["scale"], CHOOSE)
-    if quantize is None or choose is None or choose.args["mapping_type"] != "ASYMMETRIC":
-        return None
-    x = quantize.args["input"]
-    same = ("block_size", "scale", "zero_point", "quant_min", "quant_max")
-    if choose.args["input"] != x or any(quantize.args[name] != node.args[name] for name in same):
-        return None
-    if any(choose.args[name] != node.args[name] for name in ("block_size", "quant_min", "quant_max")):
-        return None
-    if node.args["zero_point"] != Ref(choose.outputs[1]) or node.args["scale"] != Ref(choose.outputs[0]):
-        return None
-    shape = links.value(x).shape
-    if node.args["block_size"] != (*(1 for _ in shape[:-1]), shape[-1]) or not isinstance(x, Ref):
-        return None
-    low, high = node.args["quant_min"], node.args["quant_max"]
-    if not isinstance(low, int) or not isinstance(high, int):
-        return None
-    args: dict[str, Arg] = {"input": x, "quant_min": low, "quant_max": high, "eps": choose.args["eps"]}
-    return Node(FAKE_QUANTIZE, args, node.outputs, node.name)
+    return _fuse_weights(fuse_activations(join_integer_products(graph, constants)), constants)
 
 
 def _fuse_weights(graph: Graph, constants: Constants) -> Graph:

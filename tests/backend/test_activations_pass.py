@@ -27,8 +27,8 @@ class Records:
         self.b, self.m = GraphBuilder(), m
         self.x: Any = self.b.input("f32", (m, K))
 
-    def fake(self, x: Ref, high: int = 127, eps: float | None = None) -> Any:
-        args: dict[str, Arg] = {"input": x, "quant_min": -128, "quant_max": high, "eps": eps}
+    def fake(self, x: Ref, high: int = 127, eps: float | None = None, **more: Arg) -> Any:
+        args: dict[str, Arg] = {"input": x, "quant_min": -128, "quant_max": high, "eps": eps, **more}
         return self.b.node(FAKE, args, ("f32", (self.m, K)))
 
     def norm(self, x: Ref) -> Any:
@@ -69,6 +69,11 @@ def cases() -> dict[str, tuple[Records, Graph, list[str]]]:
     case("alone, with a bias", [PROJECT], r.linear(r.fake(r.x), bias=True))
     r = Records()
     case("behind a norm", [PROJECT], r.linear(r.fake(r.norm(r.x))))
+    r = Records()
+    case("symmetric", [PROJECT], r.linear(r.fake(r.x, symmetric=True), bits=8, group=K))
+    r = Records()
+    h = r.fake(r.x, symmetric=True)
+    case("symmetric, for many", [QUANTIZE, PROJECT, PACKED], *(r.linear(h, n) for n in (20, 8, 8, 4)))
     r = Records()
     h = r.fake(r.norm(r.x), eps=1e-3)
     case("siblings", [PROJECT], *(r.linear(h, n) for n in (20, 8, 8)))

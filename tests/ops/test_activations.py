@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,10 @@ TOLERANCE, WIDENED_TOLERANCE = 1e-6, 5e-6
 
 
 def quantize(
-    b: GraphBuilder, source: Any, shape: tuple[int, ...], span: tuple[int, int], least: float = 2.0**-126, **norm: Arg
+    b: GraphBuilder, source: Any, shape: tuple[int, ...], span: tuple[int, int], least: float = 2.0**-126, **more: Arg
 ) -> Any:
     args: dict[str, Arg] = {"input": source, "quant_min": span[0], "quant_max": span[1], "eps": least}
-    args |= {"norm_weight": None, "norm_eps": None} | norm
+    args |= {"norm_weight": None, "norm_eps": None} | more
     return b.node("webgpu.quantize_activations", args, ("u32", (*shape[:-1], words(shape[-1]))))
 
 
@@ -56,16 +57,17 @@ def rows_of(shape: tuple[int, ...]) -> Array:
      ((6, 64), (-8, 7)), ((8,), (-128, 127))],
 )  # fmt: skip
 def test_integers_are_those_of_fake_quantize(shape: tuple[int, ...], span: tuple[int, int], on: str) -> None:
-    """Bit by bit, for every input dtype."""
+    """Bit by bit, for every input dtype, with zero where the range has it and in the middle."""
     k = shape[-1]
-    for dtype in ("f32", "f16"):
+    for dtype, symmetric in product(("f32", "f16"), (False, True)):
         x = rows_of(shape).astype(np.float16 if dtype == "f16" else np.float32)
         b = GraphBuilder()
         source = b.input(dtype, shape)
         least = 1e-3 if span == (-8, 7) else 2.0**-126
         args: dict[str, Arg] = {"input": source, "quant_min": span[0], "quant_max": span[1], "eps": least}
-        fake = b.node("webgpu.fake_quantize", args, ("f32", shape))
-        graph = b.graph(fake, quantize(b, source, shape, span, least))
+        middle: dict[str, Arg] = {"symmetric": True} if symmetric else {}
+        fake = b.node("webgpu.fake_quantize", args | middle, ("f32", shape))
+        graph = b.graph(fake, quantize(b, source, shape, span, least, **middle))
         assert [check_node(graph, node) for node in graph.nodes] == [None, None]
         want, got = run(b, graph, device(on), x)
         differences, scales = read(np.asarray(got).view(np.uint32).reshape(-1, words(k)), k)
@@ -368,6 +370,7 @@ def test_refusals() -> None:
             ((-128, 127), "no range"),
             ((0, 256, 1e-5), "255 apart"),
             ((0, 255, None), "eps of scales"),
+            ((0, 255, 1e-5, 1), "no range"),
         ):
             b.nodes.clear()
             assert reason in refused("webgpu.project", project | {"quantize": given}, b, ("f32", (3, 5)))

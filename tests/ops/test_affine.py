@@ -88,6 +88,43 @@ def test_rows_by_their_own_range(shape: tuple[int, ...], on: str) -> None:
 
 
 @pytest.mark.parametrize("on", DEVICES)
+@pytest.mark.parametrize(
+    ("shape", "whole", "span", "eps"),
+    [((200, 64), False, (-128, 127), 2.0**-23), ((2, 3, 37), False, (-64, 63), None),
+     ((4, 3), False, (-127, 127), None), ((3, 301), False, (-8, 7), 0.5), ((5, 33), True, (-128, 127), 2.0**-23),
+     ((9,), False, (-100, 20), None)],
+)  # fmt: skip
+def test_symmetric_rows(shape: tuple[int, ...], whole: bool, span: tuple[int, int], eps: float | None, on: str) -> None:
+    """Scales and what is dequantised are torchao's bit by bit: rows of zeros, whose largest number is negative (a tie,
+    where the range is even), of tiny numbers, and others."""
+    x = randn(*shape) * 3
+    rows = x.view(-1, shape[-1])
+    for i, change in enumerate((lambda r: r * 0, lambda r: -r.abs(), lambda r: r * 1e-20, lambda r: r * 2 + 40)):
+        if i < len(rows) - 1:
+            rows[i] = change(rows[i])
+    block = list(shape) if whole else [1] * (len(shape) - 1) + [shape[-1]]
+    given = (x, "SYMMETRIC", block, I8, *span, eps, F32, I8, True)
+    scale, zero = torch.ops.torchao.choose_qparams_affine(*given)
+    b = GraphBuilder()
+    inputs: list[Any] = []
+    outputs = add(b, Case("torchao.choose_qparams_affine.default", given), [scale, zero], inputs)
+    if not whole:
+        args: dict[str, Arg] = {
+            "input": b.input("f32", shape), "quant_min": span[0], "quant_max": span[1], "eps": eps, "symmetric": True,
+        }  # fmt: skip
+        outputs.append(b.node("webgpu.fake_quantize", args, ("f32", shape)))
+    graph = b.graph(*outputs)
+    assert [check_node(graph, node) for node in graph.nodes] == [None] * len(graph.nodes)
+    got_scale, got_zero, *got = run(b, graph, device(on), *inputs, *([] if whole else [x]))
+    np.testing.assert_array_equal(got_scale, scale.numpy())
+    np.testing.assert_array_equal(got_zero, zero.numpy())
+    q = torch.ops.torchao.quantize_affine(x, block, scale, zero, I8, *span)
+    want = torch.ops.torchao.dequantize_affine(q, block, scale, zero, I8, *span).numpy()
+    for values in got:
+        np.testing.assert_array_equal(values, want)
+
+
+@pytest.mark.parametrize("on", DEVICES)
 def test_int4_tensor(on: str) -> None:
     q = integers(6, 32, low=0, high=256, dtype=torch.uint8)
     scale, zero = randn(4, 6).abs() + 0.1, integers(4, 6, low=0, high=16, dtype=I8)
@@ -161,11 +198,19 @@ def test_refusals() -> None:
     assert "axes" in affine(block_size=(1,))
     b = GraphBuilder()
     args: dict[str, Arg] = {
-        "input": b.input("f32", (4, 32)), "mapping_type": "SYMMETRIC", "block_size": (1, 32), "target_dtype": "i8",
+        "input": b.input("f32", (4, 32)), "mapping_type": "SYMMETRIC_NO_CLIPPING_ERR", "block_size": (1, 32),
+        "target_dtype": "i8",
         "quant_min": -128, "quant_max": 127, "eps": None, "scale_dtype": None, "zero_point_dtype": "i8",
         "keepdim": False,
     }  # fmt: skip
-    assert "ASYMMETRIC" in refused("torchao.choose_qparams_affine.default", args, b, ("f32", (4,)), ("i8", (4,)))
+    choose = "torchao.choose_qparams_affine.default"
+    assert "ASYMMETRIC and SYMMETRIC" in refused(choose, args, b, ("f32", (4,)), ("i8", (4,)))
+    b.nodes.clear()
+    halves = args | {"mapping_type": "SYMMETRIC", "block_size": (1, 16)}
+    assert "whole rows" in refused(choose, halves, b, ("f32", (4, 2)), ("i8", (4, 2)))
+    b.nodes.clear()
+    fake = {name: args[name] for name in ("input", "quant_min", "quant_max", "eps")} | {"symmetric": 1}
+    assert "literal bool" in refused("webgpu.fake_quantize", fake, b, ("f32", (4, 32)))
     b = GraphBuilder()
     args = {
         "qdata": b.input("u8", (4, 16)), "scale": b.input("f32", (4, 2)), "zero_point": b.input("i8", (2, 4)),

@@ -453,3 +453,33 @@ def test_sizes_that_are_symbols_are_believed() -> None:
     refs = {"self": b.input("f32", (2, s)), "mat2": b.input("f32", (8, 4))}
     graph = b.graph(b.node("aten.mm.default", refs, ("f32", (2, 4))))
     assert check_node(graph, graph.nodes[0]) is None
+
+
+@pytest.mark.parametrize("on", DEVICES)
+@pytest.mark.parametrize(
+    ("m", "k", "n", "kind"), [(1, 1, 1, "i8"), (7, 33, 5, "u8"), (3, 300, 130, "i8"), (4, 0, 3, "i8")]
+)
+def test_products_of_bytes_are_exact(m: int, k: int, n: int, kind: str, on: str) -> None:
+    dtype = {"i8": np.int8, "u8": np.uint8}[kind]
+    span = np.iinfo(dtype)
+    x = rng.integers(span.min, span.max + 1, (m, k)).astype(dtype)
+    y = rng.integers(-128, 128, (k, n)).astype(np.int8)
+    x[:, ::3] = span.max
+    y[::3] = -128
+    b = GraphBuilder()
+    args = {"self": b.input(kind, x.shape), "mat2": b.input("i8", y.shape)}
+    graph = b.graph(b.node("aten._int_mm.default", args, ("i32", (m, n))))
+    assert check_node(graph, graph.nodes[0]) is None
+    [got] = run(b, graph, device(on), x, y)
+    np.testing.assert_array_equal(got, x.astype(np.int64) @ y.astype(np.int64))
+
+
+def test_products_of_other_integers_are_refused() -> None:
+    for kind, shape, out, message in (
+        ("i32", (4, 5), "i32", "int8 or uint8"), ("i8", (3, 5), "i32", "do not multiply"),
+        ("i8", (4, 5), "f32", "matrix of int32"),
+    ):  # fmt: skip
+        b = GraphBuilder()
+        args = {"self": b.input("i8", (2, 4)), "mat2": b.input(kind, shape)}
+        graph = b.graph(b.node("aten._int_mm.default", args, (out, (2, 5))))
+        assert message in (check_node(graph, graph.nodes[0]) or "")

@@ -43,6 +43,7 @@ class Whole:
     bias: bool = False
     dtype: str = "f32"
     span: tuple[int, int] = (-128, 127)
+    symmetric: bool = False
 
 
 WHOLE = [
@@ -52,6 +53,8 @@ WHOLE = [
     Whole(4, 8256, (9,), dtype="f16", norm=True), Whole(1, 96, (20, 9), bias=True, norm=True), Whole(7, 96, (9,)),
     Whole(17, 96, (9, 6), norm=True), Whole(44, 160, (36,), residual=True, norm=True),
     Whole(50, 96, (20, 20), gated=True), Whole(41, 48, (9,), 8, 16, norm=True), Whole(42, 64, (9, 5), bias=True),
+    Whole(1, 96, (20,), 8, 96, symmetric=True), Whole(2, 2080, (9, 5), norm=True, symmetric=True),
+    Whole(50, 96, (20, 20), gated=True, symmetric=True),
 ]  # fmt: skip
 
 
@@ -83,8 +86,9 @@ def whole(case: Whole) -> tuple[GraphBuilder, Graph, list[Array]]:
             "constant", "f32", rng.standard_normal((case.m, case.sizes[0])).astype(np.float32), "r"
         )
     outs = [("f32", (case.m, n)) for n in (case.sizes[:1] if case.gated else case.sizes)]
-    one = b.node("webgpu.project", {"input": source, **norm, **shared, "quantize": (*case.span, 2.0**-100)}, *outs)
-    codes = quantize(b, source, x.shape, case.span, 2.0**-100, **norm)
+    how = (*case.span, 2.0**-100, *((True,) if case.symmetric else ()))
+    one = b.node("webgpu.project", {"input": source, **norm, **shared, "quantize": how}, *outs)
+    codes = quantize(b, source, x.shape, case.span, 2.0**-100, symmetric=case.symmetric, **norm)
     two = b.node("webgpu.project", {"input": codes, "norm_eps": None, "norm_weight": None, **shared}, *outs)
     graph = b.graph(*(one if isinstance(one, tuple) else (one,)), *(two if isinstance(two, tuple) else (two,)), codes)
     assert [check_node(graph, node) for node in graph.nodes] == [None] * 3
