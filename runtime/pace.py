@@ -62,8 +62,8 @@ class Pace:
     """Says how many tokens to decode without a draft, from what drafts and steps have taken.
 
     A round: `begin`, `right` for each draft with a right token, `drafted` once they end, then `undrafted` after tokens
-    without drafts until `waiting` is 0. The first round of a sequence waits 32 tokens, the second as long as drafts that
-    are not measured: from these two the seconds of a token are known.
+    without drafts until `waiting` is 0. The first round of a sequence waits 32 tokens, the second as long as if nothing
+    were measured: from these two the seconds of a token are known.
 
     Args:
         alone: whether steps run on the GPU alone, so that asking for drafts interrupts them.
@@ -87,8 +87,8 @@ class Pace:
         """Tokens to decode before the drafter is asked again."""
 
     def resume(self) -> None:
-        """Another run of the same sequence begins: the time between runs does not count, and as its text may be another,
-        the drafter is asked soon."""
+        """Another run of the same sequence begins: the time between runs does not count, and since its text may be
+        another, the drafter is asked soon."""
         self.waiting = min(self.waiting, LONGEST_WAIT)
         self._began = self._parted = self._now()
         self._drafted = self._undrafted = 0
