@@ -306,14 +306,15 @@ def devices() -> None:
 @click.option("--data", multiple=True, metavar="FILE", help="A .ptd file with external weights; may be given again.")
 @click.option("--method", metavar="NAME", help="Show this method only.")
 @click.option("--graph", is_flag=True, help="Also print the graph of each delegate.")
+@click.option("--verify", is_flag=True, help="Hash the weights: are they what was exported?")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (with --graph: the graphs' text as well).")
 @_debug
-def inspect(model: str, data: tuple[str, ...], method: str | None, graph: bool, as_json: bool) -> None:
+def inspect(model: str, data: tuple[str, ...], method: str | None, graph: bool, verify: bool, as_json: bool) -> None:
     """Show what a program holds: methods, delegates, weights. Needs no GPU."""
     from .contents import describe_program
     from .tables import console, show_contents
 
-    found = describe_program(model, data, method, graph)
+    found = describe_program(model, data, method, graph, verify)
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:

@@ -12,6 +12,7 @@ import numpy as np
 from ..backend.graph import ITEM_SIZE, Graph, Ref, Sym, Value, evaluate
 from ..backend.serialize import BlobError, deserialize
 from ..runtime.errors import InputError, ProgramFormatError
+from ..runtime.integrity import verify_data
 from ..runtime.method import BACKEND_ID, TensorInfo, describe
 from ..runtime.pte import DataFile, Delegate, DelegateCall, ExecutionPlan, KernelCall, Program
 from ..runtime.pte_records import EValue
@@ -19,15 +20,19 @@ from ..runtime.pte_records import EValue
 Record = dict[str, Any]
 
 
-def describe_program(model: str, data: Sequence[str] = (), method: str | None = None, graphs: bool = False) -> Record:
+def describe_program(
+    model: str, data: Sequence[str] = (), method: str | None = None, graphs: bool = False, verify: bool = False
+) -> Record:
     """Everything that `inspect` shows; JSON can hold it.
 
     Args:
         model, data: paths of the `.pte` and of its `.ptd` files.
         method: only this method.
         graphs: with the text of each delegate's graph.
+        verify: hash the weights and compare with what was exported.
     Raises:
         ProgramFormatError, InputError: a file or a blob is damaged; no such method.
+        MissingDataError: to be verified, but in none of the files.
         OSError: a file cannot be read.
     """
     with ExitStack() as opened:
@@ -37,6 +42,7 @@ def describe_program(model: str, data: Sequence[str] = (), method: str | None = 
             raise InputError(f"{file.label}: no method {method!r}; the program has {', '.join(file.method_names)}")
         plans = [file.plan(name) for name in file.method_names if method in (None, name)]
         keys = set(file.keys()).union(*(each.keys() for each in files))
+        checked = {"verified_data": verify_data(file, files)} if verify else {}
         return {
             "file": model,
             "bytes": file.nbytes,
@@ -44,6 +50,7 @@ def describe_program(model: str, data: Sequence[str] = (), method: str | None = 
             "data_files": [{"file": path, "bytes": f.nbytes, **_named(f)} for path, f in zip(data, files, strict=True)],
             "constant_methods": {p.name: _constant(p) for p in plans if p.is_constant},
             "methods": [_method(p, keys, graphs) for p in plans if not p.is_constant],
+            **checked,
         }
 
 

@@ -73,6 +73,8 @@ def show_contents(out: Console, found: dict[str, Any]) -> None:
     for file in found["data_files"]:
         text = f"{escape(file['file'])}: {size(file['bytes'])}, {file['count']} named data"
         out.print(text, soft_wrap=True)
+    if "verified_data" in found:
+        out.print(f"{found['verified_data']} weights are as they were exported.")
     if found["constant_methods"]:
         made = table("Constant methods", "name", "value")
         for name, value in found["constant_methods"].items():

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from .buffers import State, Weights
 from .device import Device
+from .integrity import verify_data
 from .method import Method, MethodMeta, describe
 from .ptd import DataFile
 from .pte import Program as ProgramFile
@@ -136,6 +137,17 @@ class Program:
             raise
         finally:
             self._weights.progress = None
+
+    def verify_data(self) -> int:
+        """Hash the weights, in the program and its data files, and compare with what was exported. Needs no device.
+
+        Returns:
+            How many different data were checked.
+        Raises:
+            ProgramFormatError: some are damaged; names them and their files.
+            MissingDataError: some are in none of the files.
+        """
+        return verify_data(self.file, self.data_files)
 
     def new_state(self) -> State:
         """An empty set of mutable buffers; a method that is loaded on it makes its own there, or finds those that

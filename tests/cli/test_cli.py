@@ -18,6 +18,8 @@ from executorch_webgpu.cli.commands import cli
 from executorch_webgpu.cli.stats import by_kernel
 from executorch_webgpu.runtime import device as runtime_device
 from executorch_webgpu.runtime.delegate import KernelTime
+from executorch_webgpu.runtime.ptd import DataFile
+from executorch_webgpu.runtime.pte import Program
 from tests import tiny_decoder
 
 PROMPT = "Hi!"
@@ -247,6 +249,27 @@ def test_inspect_one_method(files: Files) -> None:
     result = invoke("inspect", files.model, "--method", "backward")
     assert result.exit_code == 1
     assert "no method 'backward'; the program has forward" in result.stderr
+
+
+def test_inspect_verifies_weights(files: Files, tmp_path: Path) -> None:
+    """One changed bit of a weight, in a program and in a data file: named, and nothing is said without --verify."""
+    assert json.loads(invoke("inspect", files.model, "--verify", "--json").stdout)["verified_data"] == 6
+    both = ("inspect", files.external, "--data", files.data, "--verify")
+    assert "6 weights are as they were exported" in invoke(*both).stdout
+    assert "no data named" in invoke("inspect", files.external, "--verify").stderr
+    for source, arguments in ((files.model, ()), (files.data, ("inspect", files.external, "--data"))):
+        content = bytearray(Path(source).read_bytes())
+        with (Program if not arguments else DataFile)(source) as opened:
+            data = bytes(opened.named_data(opened.keys()[0]))
+        content[content.index(data) + len(data) // 2] ^= 1
+        damaged = tmp_path / Path(source).name
+        damaged.write_bytes(content)
+        command = (*(arguments or ("inspect",)), str(damaged))
+        assert invoke(*command).exit_code == 0
+        result = invoke(*command, "--verify")
+        assert result.exit_code == 1
+        assert "1 of 6 weights are damaged" in result.stderr
+        assert f" in {damaged}" in " ".join(result.stderr.split())
 
 
 def test_inspect_refuses_other_files(files: Files, tmp_path: Path) -> None:

@@ -229,6 +229,7 @@ def test_external_data_of_another_export(tmp_path: Any) -> None:
             program.load_method("forward")
         assert state(on) == held
     with Runtime(on).load_program(pte[4], tmp_path / "4" / "w.ptd") as program:
+        assert program.verify_data() >= 2  # packed weights, scales
         [got] = program.load_method("forward").execute([torch.arange(VOCABULARY)[None, :5]])
         assert np.asarray(got).shape == (1, 5, 8)
     assert state(on).get("weights") == held.get("weights")
