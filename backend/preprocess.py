@@ -17,10 +17,9 @@ from ..ops.base import check_node
 from .graph import Graph
 from .passes import run_passes
 from .passes.quantized import ORIGIN
-from .serialize import serialize
+from .serialize import BACKEND_ID, serialize
 from .translate import DTYPES, Translation, translate
 
-BACKEND_ID = "WebGPUBackend"
 DISABLED_PASSES = "disabled_passes"
 """Compile spec: names of optional passes to leave out, comma-separated."""
 EXTERNAL_TAG = "external_tag"

@@ -10,6 +10,8 @@ import flatbuffers
 from .graph import ARITHMETIC_OPS, DTYPES, FORMAT_VERSION, FREE_OPS, Arg, Dim, Graph, Node, Ref, Sym, SymbolRange, Value
 from .schema import webgpu_graph_generated as fb
 
+BACKEND_ID = "WebGPUBackend"
+"""The name under which a `.pte` holds blobs of this package: that of the class in `preprocess.py`."""
 IDENTIFIER = b"EWGP"
 _OPS = ("constant", *FREE_OPS, *ARITHMETIC_OPS)
 _KINDS = ("input", "constant", "mutable", "temp", "symint")

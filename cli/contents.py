@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..backend.graph import ITEM_SIZE, Graph, Ref, Sym, Value, evaluate
-from ..backend.serialize import BlobError, deserialize
+from ..backend.serialize import BACKEND_ID, BlobError, deserialize
 from ..runtime.errors import InputError, ProgramFormatError
 from ..runtime.integrity import verify_data
-from ..runtime.method import BACKEND_ID, TensorInfo, describe
+from ..runtime.method import TensorInfo, describe
 from ..runtime.pte import DataFile, Delegate, DelegateCall, ExecutionPlan, KernelCall, Program
 from ..runtime.pte_records import EValue
 

@@ -17,7 +17,8 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 
 from ..backend.passes import OPTIONAL
 from ..backend.passes.bf16 import NAME as STORE_BF16
-from ..backend.preprocess import BACKEND_ID, DISABLED_PASSES, EXTERNAL_TAG
+from ..backend.preprocess import DISABLED_PASSES, EXTERNAL_TAG
+from ..backend.serialize import BACKEND_ID
 from ..backend.translate import Translation, op_name, translate
 from ..ops.base import check_node
 

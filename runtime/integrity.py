@@ -7,9 +7,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 from ..backend.graph import Value
-from ..backend.serialize import BlobError, deserialize
+from ..backend.serialize import BACKEND_ID, BlobError, deserialize
 from .errors import ProgramFormatError
-from .method import BACKEND_ID
 from .ptd import DataFile
 from .pte import Program
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..backend.graph import Graph
-from ..backend.serialize import BlobError, deserialize
+from ..backend.serialize import BACKEND_ID, BlobError, deserialize
 from . import outside
 from .buffers import DataSource, State, Weights
 from .delegate import Delegate, KernelTime
@@ -39,7 +39,6 @@ from .pte import (
 )
 from .pte import Program as ProgramFile
 
-BACKEND_ID = "WebGPUBackend"
 _DTYPES = {
     ScalarType.FLOAT: "f32", ScalarType.HALF: "f16", ScalarType.BFLOAT16: "bf16", ScalarType.DOUBLE: "f64",
     ScalarType.LONG: "i64", ScalarType.INT: "i32", ScalarType.SHORT: "i16", ScalarType.CHAR: "i8",
