@@ -17,7 +17,7 @@ from ..ops.base import check_node
 from .graph import Graph
 from .passes import run_passes
 from .passes.quantized import ORIGIN
-from .serialize import BACKEND_ID, serialize
+from .serialize import serialize
 from .translate import DTYPES, Translation, translate
 
 DISABLED_PASSES = "disabled_passes"
