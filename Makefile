@@ -47,10 +47,10 @@ lint: $(STAMPS)/packages ## ruff
 	$(PY) -m ruff check .
 
 # The import package is made of top-level folders; mypy gets a tree of links in which they have their names.
-types: $(STAMPS)/packages ## mypy --strict on the packages
+types: $(STAMPS)/packages ## mypy --strict on the packages and the benchmarks
 	@rm -rf $(MYPY_TREE) && mkdir -p $(MYPY_TREE)
 	@for folder in $(FOLDERS); do ln -s ../../../$$folder $(MYPY_TREE)/$$folder; done
-	MYPYPATH=build/mypy $(PY) -m mypy -p executorch_webgpu
+	MYPYPATH=build/mypy $(PY) -m mypy -p executorch_webgpu -p benchmarks
 
 setup: $(STAMPS)/vulkan ## only set up
 

@@ -84,7 +84,7 @@ def _texts(report: Report, program: Program, rows: int, options: argparse.Namesp
     with BatchGenerator(program) as batch:
         if batch.fallback is not None:
             raise UnsupportedError(batch.fallback)
-        steps = min(options.steps, batch.capacity - 1)
+        steps: int = min(options.steps, batch.capacity - 1)
 
         def run() -> float:
             requests = [Request((1 + row,), steps, ()) for row in range(rows)]

@@ -12,15 +12,12 @@ from typing import Any
 import numpy as np
 
 from executorch_webgpu.backend.graph import Arg, Dim, Graph, Node, Ref, Sym, SymbolRange, Value
-from executorch_webgpu.backend.passes import (
-    Pass,
-    fuse_project_cache,
-    fuse_projections,
-    fuse_rope_cache,
-    keep_codes,
-    merge_equal_nodes,
-)
-from executorch_webgpu.backend.passes.cleanup import remove_unused
+from executorch_webgpu.backend.passes import Pass
+from executorch_webgpu.backend.passes.activations import keep_codes
+from executorch_webgpu.backend.passes.cleanup import merge_equal_nodes, remove_unused
+from executorch_webgpu.backend.passes.project import fuse_projections
+from executorch_webgpu.backend.passes.project_cache import fuse_project_cache
+from executorch_webgpu.backend.passes.rope_cache import fuse_rope_cache
 from executorch_webgpu.backend.passes.storage import assign_storage
 from executorch_webgpu.ops import activations
 from executorch_webgpu.ops.base import Dispatch, check_node
@@ -384,7 +381,8 @@ def decoder(device: Device, sizes: DecoderSizes) -> Loaded:
     table_format = sizes.packed(sizes.dim)
     if table_format is None:
         embedding = b.constant(kind, (sizes.vocabulary, sizes.dim), "embedding", (-1.0, 1.0))
-        op, embedded = "aten.embedding.default", {"padding_idx": -1, "scale_grad_by_freq": False, "sparse": False}
+        op = "aten.embedding.default"
+        embedded: dict[str, Arg] = {"padding_idx": -1, "scale_grad_by_freq": False, "sparse": False}
     else:
         embedding = packed(table_format, sizes.vocabulary, "embedding")
         op, embedded = "webgpu.embedding_packed", {"format": table_format.literal()}
