@@ -22,7 +22,8 @@ from executorch_webgpu.runtime.errors import WebGPUDelegateError
 
 from .baseline import measure
 from .graphs import AttentionShape, attention_layers, encode, splits_of
-from .report import ITEM_SIZE, Report, add_common, names, numbers, say
+from .options import add_common, command, count, counts, names, natural, naturals, say
+from .report import ITEM_SIZE, Report
 from .timing import repetitions_for, time_passes
 from .verify import WrongResultError, verify_sampled, verify_small
 
@@ -125,6 +126,11 @@ def shapes(options: argparse.Namespace) -> Iterator[AttentionShape]:
         yield AttentionShape(*sizes, s, p, options.dtype, options.capacity)
 
 
+def _layers(text: str) -> int:
+    """A number of layers; 0 for `auto`."""
+    return 0 if text == "auto" else natural(text)
+
+
 def parser(prog: str = "python -m benchmarks.attention", about: str | None = __doc__) -> argparse.ArgumentParser:
     """The options of a command that times shapes of attention."""
     made = argparse.ArgumentParser(prog=prog, description=(about or "").split("\n")[0])
@@ -132,16 +138,16 @@ def parser(prog: str = "python -m benchmarks.attention", about: str | None = __d
     what.add_argument("--decode", action="store_true", help="one new row over a cache")
     what.add_argument("--prefill", action="store_true", help="many new rows")
     what.add_argument("--suite", choices=("quick", "full"))
-    made.add_argument("--heads", type=int, default=32)
-    made.add_argument("--kv-heads", type=int, default=8)
-    made.add_argument("--head-size", type=int, default=128)
-    made.add_argument("--rows", type=numbers, help="new rows; several: 1,2,4")
-    made.add_argument("--past", type=numbers, help="rows of the caches before them; several: 2048,8192")
-    made.add_argument("--capacity", type=int, default=0, help="rows of the caches; default: past + rows")
+    made.add_argument("--heads", type=count, default=32)
+    made.add_argument("--kv-heads", type=count, default=8)
+    made.add_argument("--head-size", type=count, default=128)
+    made.add_argument("--rows", type=counts, help="new rows; several: 1,2,4")
+    made.add_argument("--past", type=naturals, help="rows of the caches before them; several: 2048,8192")
+    made.add_argument("--capacity", type=natural, default=0, help="rows of the caches; default: past + rows")
     made.add_argument("--dtype", choices=("f16", "f32"), default="f16", help="of the caches")
-    made.add_argument("--batch", type=int, default=1)
+    made.add_argument("--batch", type=count, default=1)
     made.add_argument(
-        "--layers", type=lambda text: 0 if text == "auto" else int(text), default=0,
+        "--layers", type=_layers, default=0,
         help="a number, or auto: as many as --rotate-bytes takes",
     )  # fmt: skip
     made.add_argument("--route", "--routes", dest="routes", type=names, default=["auto"])
@@ -151,6 +157,7 @@ def parser(prog: str = "python -m benchmarks.attention", about: str | None = __d
     return made
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 1 if a result was wrong or nothing could be measured."""
     options = parser().parse_args(arguments)

@@ -18,7 +18,8 @@ from executorch_webgpu.runtime.device import Device
 from .graphs import encode as encode_plan
 from .graphs import product
 from .kernels import LocalKernel, RandomFill, fold_grid
-from .report import Rates, Report, add_common
+from .options import add_common, command
+from .report import Rates, Report
 from .timing import Encode, Times, repetitions_for, time_passes
 
 COPY_BYTES = 256 * 4 * 16
@@ -126,6 +127,7 @@ def measure(device: Device, options: argparse.Namespace, report: Report | None =
     return rates
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.baseline", description=(__doc__ or "").split("\n")[0])

@@ -47,6 +47,8 @@ def _steps(report: Report, program: Program, rows: int, options: argparse.Namesp
     convention = find_ragged(method, program.constants)
     if not 1 <= rows <= convention.rows:
         raise InputError(f"{rows} rows of a batch of {convention.rows}")
+    if options.steps < TOGETHER:
+        raise InputError(f"{options.steps} steps of rows that decode {TOGETHER} steps a submit: give at least as many")
     steps = min(options.steps, convention.capacity - options.past) // TOGETHER * TOGETHER
     if steps < 1:
         raise InputError(f"no room for {TOGETHER} steps at position {options.past} of {convention.capacity}")

@@ -24,7 +24,8 @@ from executorch_webgpu.runtime.device import Device
 from . import attention
 from .baseline import measure
 from .graphs import AttentionShape, attention_layers, encode, splits_of
-from .report import ITEM_SIZE, Report, say
+from .options import command, say
+from .report import ITEM_SIZE, Report
 from .timing import Times, repetitions_for, time_passes, wait
 from .verify import WrongResultError, attend
 
@@ -312,10 +313,19 @@ def compare(report: Report, peer: Peer, shape: AttentionShape, options: argparse
     )
 
 
+def _setting(text: str) -> str:
+    if not text.partition("=")[0] or "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return text
+
+
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 1 with a sentence where ONNX Runtime's WebGPU is missing, or its result is wrong."""
     made = attention.parser("python -m benchmarks.compare_ort", __doc__)
-    made.add_argument("--ort-option", action="append", default=[], help="NAME=VALUE, an option of the provider")
+    made.add_argument(
+        "--ort-option", type=_setting, action="append", default=[], help="NAME=VALUE, an option of the provider"
+    )
     options = made.parse_args(arguments)
     wrong = 0
     try:

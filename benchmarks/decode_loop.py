@@ -30,9 +30,10 @@ from executorch_webgpu.runtime.sampling import GREEDY
 
 from .baseline import measure
 from .batches import batches
-from .graphs import DecoderSizes, Inputs, decoder, encode, ready
+from .graphs import BITS, DecoderSizes, Inputs, decoder, encode, ready
 from .host import watched
-from .report import Report, add_common, numbers
+from .options import add_common, command, count, counts, names, natural
+from .report import Report
 from .timing import Stamps, Times, repetitions_for, time_passes
 
 Array = np.ndarray[Any, Any]
@@ -254,6 +255,10 @@ MODES: dict[str, Mode] = {
 }
 
 
+CHOICES = {"dtype": ("f16", "f32"), "weights": ("", *BITS)}
+"""Of the fields of `DecoderSizes` that are words."""
+
+
 # -- measuring
 
 
@@ -354,19 +359,22 @@ def parser() -> argparse.ArgumentParser:
     sizes = DecoderSizes()
     for field in fields(DecoderSizes):
         default = getattr(sizes, field.name)
-        made.add_argument(f"--{field.name.replace('_', '-')}", type=type(default), default=default)
-    made.add_argument("--past", type=int, default=128, help="position of the first step")
-    made.add_argument("--steps", type=int, default=64)
-    made.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES), help=f"of {', '.join(MODES)}")
-    made.add_argument(
-        "--prefill", type=numbers, default=[], help="also the GPU time of runs of so many tokens: 128,512"
-    )
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(default, str):
+            made.add_argument(flag, choices=CHOICES[field.name], default=default)
+        else:
+            made.add_argument(flag, type=natural if field.name == "codes" else count, default=default)
+    made.add_argument("--past", type=natural, default=128, help="position of the first step")
+    made.add_argument("--steps", type=count, default=64)
+    made.add_argument("--modes", type=names, default=list(MODES), help=f"of {', '.join(MODES)}")
+    made.add_argument("--prefill", type=counts, default=[], help="also the GPU time of runs of so many tokens: 128,512")
     made.add_argument("--batched", help="also a program for batches (`batches.py`), whose rows decode together")
-    made.add_argument("--rows", type=numbers, default=[1], help="with --batched: so many active rows: 1,8")
+    made.add_argument("--rows", type=counts, default=[1], help="with --batched: so many active rows: 1,8")
     add_common(made)
     return made
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     made = parser()

@@ -22,7 +22,9 @@ from .baseline import measure
 from .graphs import DecoderSizes, decoder, encode
 from .host import watched
 from .kernels import LocalKernel
-from .report import Report, add_common
+from .options import add_common, command
+from .options import count as positive
+from .report import Report
 from .timing import Times, repetitions_for, time_passes, wait
 
 SMALL = DecoderSizes(8, 64, 4, 2, 16, 64, 64, "f32", 64)
@@ -127,10 +129,11 @@ def step_cost(report: Report, options: argparse.Namespace) -> None:
     report.line("dispatch.host.step", {"dispatches": count}, SMALL.dtype, times, clock="host", step=medians)
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dispatch", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--count", type=int, default=200, help="dispatches of a run")
+    parser.add_argument("--count", type=positive, default=200, help="dispatches of a run")
     add_common(parser)
     options = parser.parse_args(arguments)
     device = Device.create(options.adapter)

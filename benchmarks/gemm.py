@@ -22,11 +22,12 @@ import numpy as np
 from executorch_webgpu.backend.graph import Arg, Ref
 from executorch_webgpu.ops.packed import Format
 from executorch_webgpu.runtime.device import Device
-from executorch_webgpu.runtime.errors import WebGPUDelegateError
+from executorch_webgpu.runtime.errors import UnsupportedError, WebGPUDelegateError
 
 from .baseline import measure
 from .graphs import BITS, Builder, Loaded, encode, quantized, splits_of
-from .report import ITEM_SIZE, Report, add_common, numbers, say
+from .options import add_common, command, counts, say
+from .report import ITEM_SIZE, Report
 from .timing import repetitions_for, time_passes
 from .verify import WrongResultError
 
@@ -73,6 +74,8 @@ def products(device: Device, shape: GemmShape, count: int) -> Loaded:
     x = b.mutable("f32", (shape.rows, shape.inputs), "x", (-1.0, 1.0))
     found: list[Ref] = []
     bits = BITS.get(shape.dtype)
+    if bits is not None and shape.inputs % GROUP:
+        raise UnsupportedError(f"packed weights need a multiple of {GROUP} inputs, got {shape.inputs}")
     if shape.dtype.startswith("8da"):
         x = quantized(b, x, (shape.rows, shape.inputs))
     for i in range(count):
@@ -163,9 +166,9 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.gemm", description=(__doc__ or "").split("\n")[0])
     made.add_argument("--suite", choices=("llama",))
-    made.add_argument("--rows", type=numbers, default=[512, 2048], help="M; several: 512,2048")
-    made.add_argument("--outputs", type=numbers, default=[2048], help="N")
-    made.add_argument("--inputs", type=numbers, default=[2048], help="K")
+    made.add_argument("--rows", type=counts, default=[512, 2048], help="M; several: 512,2048")
+    made.add_argument("--outputs", type=counts, default=[2048], help="N")
+    made.add_argument("--inputs", type=counts, default=[2048], help="K")
     made.add_argument("--dtype", choices=("f16", "f32", *BITS), default="f16", help="of the weights")
     made.add_argument("--layout", choices=("nk", "kn"), default="nk", help="of the weights")
     made.add_argument("--verify", action="store_true", help="compare with a float64 reference before timing")
@@ -173,6 +176,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 1 if a result was wrong or nothing could be measured."""
     options = parser().parse_args(arguments)

@@ -326,6 +326,8 @@ class DecoderSizes:
         """The format of a packed matrix."""
         if not self.weights:
             return None
+        if columns % 32:
+            raise UnsupportedError(f"packed weights need sizes that are multiples of 32, got {columns}")
         return Format(columns, BITS[self.weights], 32, self.dtype, zeros=False)
 
 

@@ -28,7 +28,8 @@ from executorch_webgpu.runtime.device import Device
 from executorch_webgpu.runtime.program import Runtime
 
 from . import data_file
-from .report import Report, add_common
+from .options import add_common, command, count
+from .report import Report
 from .timing import Times
 
 WIDTH = 2048
@@ -121,15 +122,16 @@ def load_program(device: Device, program: Path, data: Path) -> tuple[float, int]
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.loading", description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--bytes", type=int, default=700_000_000, help="size of the file")
+    made.add_argument("--bytes", type=count, default=700_000_000, help="size of the file")
     made.add_argument("--program", type=Path, help="a program without its weights, instead of --bytes")
     made.add_argument("--folder", help="where it is written; default: the system's folder for temporary files")
-    made.add_argument("--runs", type=int, default=3)
+    made.add_argument("--runs", type=count, default=3)
     add_common(made)
     made.add_argument("--dtype", choices=("f16", "f32", "bf16"), default="f16", help="bf16 is stored as f32")
     return made
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     options_parser = parser()

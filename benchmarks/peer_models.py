@@ -23,6 +23,8 @@ import numpy as np
 
 from examples.export_llama import SHAPES
 
+from .options import command, count
+
 Array = np.ndarray[Any, Any]
 BLOCK = 32
 """Elements with one scale in Q4_0."""
@@ -213,17 +215,19 @@ def write_checkpoint(folder: Path, s: Sizes, seed: int = 0) -> None:
             file.write(data.astype("<f2").tobytes())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write what the command line asks for."""
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write what the command line asks for; the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("gguf", "checkpoint"))
     parser.add_argument("path", type=Path, help="the file, or the folder of the checkpoint")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
-    parser.add_argument("--context", type=int, default=131072, help="the longest text that the model claims to read")
+    parser.add_argument("--context", type=count, default=131072, help="the longest text that the model claims to read")
     options = parser.parse_args(arguments)
     write = write_gguf if options.kind == "gguf" else write_checkpoint
     write(options.path, Sizes.of(options.shape, options.context))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

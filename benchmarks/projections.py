@@ -24,7 +24,8 @@ from executorch_webgpu.runtime.errors import WebGPUDelegateError
 
 from .baseline import measure
 from .graphs import BITS, Builder, Loaded, encode
-from .report import ITEM_SIZE, Report, add_common, names, numbers, say
+from .options import add_common, command, count, counts, names, say
+from .report import ITEM_SIZE, Report
 from .timing import repetitions_for, time_passes
 
 MAX_WEIGHTS = 64
@@ -140,19 +141,24 @@ def time_projection(report: Report, name: str, kind: Kind, rows: int, options: a
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.projections", description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--rows", type=numbers, default=[1, 2, 4, 8], help="of x; several: 1,8")
+    made.add_argument("--rows", type=counts, default=[1, 2, 4, 8], help="of x; several: 1,8")
     made.add_argument("--weights", choices=(*BITS, "f16", "f32"), default="4bit")
     made.add_argument("--scales", choices=("f16", "f32"), default="f16", help="of packed weights")
     made.add_argument("--dtype", choices=("f16", "bf16", "f32"), default="f16", help="of the activations in the graph")
     made.add_argument("--only", type=names, default=list(KINDS), help=", ".join(KINDS))
-    made.add_argument("--divide", type=int, default=1, help="sizes by this")
+    made.add_argument("--divide", type=count, default=1, help="sizes by this")
     add_common(made)
     return made
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 1 if nothing could be measured."""
-    options = parser().parse_args(arguments)
+    made = parser()
+    options = made.parse_args(arguments)
+    unknown = sorted(set(options.only) - set(KINDS))
+    if unknown:
+        made.error(f"unknown projections {unknown}; there are {list(KINDS)}")
     device = Device.create(options.adapter)
     report = Report(device, options.out)
     report.rates = measure(device, options)

@@ -1,11 +1,9 @@
-"""One JSON line a measurement, and the options that all benchmarks share."""
+"""One JSON line a measurement."""
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -68,11 +66,18 @@ def package_version() -> str:
 
 
 class Report:
-    """Writes lines to stdout and, appended, to a file."""
+    """Writes lines to stdout and, appended, to a file.
+
+    Raises:
+        OSError: the file cannot be written; known before anything is measured.
+    """
 
     def __init__(self, device: Device, out: str | None = None, rates: Rates | None = None) -> None:
         self.device = device
         self.out = None if out is None else Path(out)
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.open("a", encoding="utf-8").close()
         self.rates = rates
         self.lines = 0
 
@@ -130,40 +135,7 @@ class Report:
         text = json.dumps(record)
         print(text, flush=True)
         if self.out is not None:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
             with self.out.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
         self.lines += 1
         return record
-
-
-def say(message: str) -> None:
-    """A word to the person at the terminal, beside the lines."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Options that every benchmark takes."""
-    parser.add_argument("--out", help="append the lines to this file")
-    parser.add_argument("--adapter", help="a part of the adapter's name; default: the best one")
-    parser.add_argument("--samples", type=int, default=20, help="timed passes")
-    parser.add_argument("--warm-up", type=float, default=0.3, help="seconds of the same work before timing")
-    parser.add_argument(
-        "--pass-ms", type=float, default=4.0, help="milliseconds that a timed pass should last at least"
-    )
-    parser.add_argument(
-        "--rotate-bytes", type=int, default=256 << 20,
-        help="distinct bytes that a pass walks over, so that no cache holds them",
-    )  # fmt: skip
-    parser.add_argument("--baseline-bytes", type=int, default=512 << 20, help="bytes of a buffer of the copy kernel")
-    parser.add_argument("--matrix-size", type=int, default=4096, help="M = N = K of the matrix product of the baseline")
-
-
-def numbers(text: str) -> list[int]:
-    """`1,2,3` as ints."""
-    return [int(part) for part in text.split(",")]
-
-
-def names(text: str) -> list[str]:
-    """`a,b` as strings."""
-    return [part.strip() for part in text.split(",")]

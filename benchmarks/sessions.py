@@ -23,6 +23,8 @@ from pathlib import Path
 from executorch_webgpu.runtime import Generator, NGram, Program, Runtime, UnsupportedError
 from executorch_webgpu.runtime.speculative import find_part
 
+from .options import command, count, naturals
+
 ALLOWED = 200
 """Python objects that may be more at the end than after the first quarter: caches of the interpreter."""
 
@@ -100,6 +102,7 @@ def speculation(program: Program, most: int, tokens: int, repetitions: int, prom
     return found["plain"] == found["n-gram"]
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command-line entry point; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -107,15 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model")
     parser.add_argument("--data", action="append", default=[], help="a .ptd file")
-    parser.add_argument("--generators", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=1000, help="of each generator")
-    parser.add_argument("--together", type=int, default=100, help="tokens of one `generate`")
-    parser.add_argument("--prompt", default="1,2,3", help="token ids")
-    parser.add_argument("--speculate", type=int, metavar="K", help="compare with drafts of K tokens instead")
-    parser.add_argument("--tokens", type=int, default=256, help="of a text with --speculate")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--generators", type=count, default=20)
+    parser.add_argument("--steps", type=count, default=1000, help="of each generator")
+    parser.add_argument("--together", type=count, default=100, help="tokens of one `generate`")
+    parser.add_argument("--prompt", type=naturals, default=[1, 2, 3], help="token ids: 1,2,3")
+    parser.add_argument("--speculate", type=count, metavar="K", help="compare with drafts of K tokens instead")
+    parser.add_argument("--tokens", type=count, default=256, help="of a text with --speculate")
+    parser.add_argument("--repetitions", type=count, default=5)
     args = parser.parse_args(arguments)
-    prompt = [int(item) for item in args.prompt.split(",")]
     with Runtime.get().load_program(args.model, args.data) as program:
         if args.speculate is not None:
             try:
@@ -123,8 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     find_part(generator)
             except UnsupportedError as error:
                 parser.error(str(error))
-            return int(not speculation(program, args.speculate, args.tokens, args.repetitions, prompt))
-        return int(not turns(program, args.generators, args.steps, args.together, prompt))
+            return int(not speculation(program, args.speculate, args.tokens, args.repetitions, args.prompt))
+        return int(not turns(program, args.generators, args.steps, args.together, args.prompt))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ..backend.graph import Arg, Dim, Graph, Node, Sym, Value
-from .attention_decode import SIZES_WORDS
+from .attention_decode import SIZES_WORDS, stream_variant
 from .attention_flash import VARIANTS
 from .attention_lower import LIMITS_OF_KEYS, ROUTES, attend
 from .base import Dispatch, Lowering, register
@@ -191,6 +191,11 @@ def supports(graph: Graph, node: Node) -> str | None:
         return f"route is {args.get('route')!r}; it must be one of {ROUTES}"
     if args.get("route") == "flash" and args.get("variant", "auto") not in VARIANTS:
         return f"variant is {args.get('variant')!r}; it must be one of {VARIANTS}"
+    if args.get("route") == "stream":
+        try:
+            stream_variant(str(args.get("variant", "auto")))
+        except ValueError as error:
+            return str(error)
     reason = _check_tensors(graph, args)
     if reason is not None:
         return reason

@@ -40,6 +40,8 @@ KEYS_OF_A_SPLIT = 128
 """Keys below which a split of such a prompt is not worth its partial result."""
 STREAM_WORKGROUPS = 256
 """Workgroups of the stream kernel that splitting the keys aims at: what a large GPU runs at once (docs/KERNELS.md)."""
+_STREAM_PARTS = {"lanes": 1, "splits": 1, "tiles": 1, "over": 0, "prefetch": 0}
+"""What a variant of the stream route may ask for, and the least number of each."""
 _ROWS_PARTS = {1: "rows_1", 2: "rows_2", 4: "rows_4"}
 _OWN_PARTS = {(2, 2): "own_1_of_2", (4, 2): "own_2_of_4", (4, 4): "own_1_of_4"}
 """Rows that a lane of the stream kernel holds, and lanes that divide them among them -> the part; else own_rows."""
@@ -211,19 +213,35 @@ def is_short(problem: Problem) -> bool:
     return tiles * problem.capacity <= SHORT_PROMPT
 
 
+def stream_variant(variant: str) -> dict[str, int]:
+    """What a variant of `choose_stream` asks for. Raises ValueError for another text."""
+    asked: dict[str, int] = {}
+    for part in () if variant == "auto" else variant.split(";"):
+        name, _, number = part.partition("=")
+        value = int(number) if number.isdecimal() else -1
+        good = value >= _STREAM_PARTS.get(name, value + 1)
+        if not good or (name in ("lanes", "tiles") and value.bit_count() != 1):
+            raise ValueError(
+                f"variant is {variant!r}; of the stream route it is 'auto' or like 'lanes=64;splits=32;tiles=1', with "
+                "powers of two for lanes and tiles"
+            )
+        asked[name] = value
+    return asked
+
+
 def choose_stream(problem: Problem, limits: Limits, cell: int, variant: str = "auto") -> StreamChoice | None:
     """The division for devices with subgroups, or None where the kernel does not apply.
 
     Args:
         cell: what `cell_columns` gives; 0: the kernel cannot read the caches.
-        variant: "auto", or for measurements `lanes=64;splits=32;tiles=1;over=1`, each part optional.
+        variant: "auto", or for measurements `lanes=64;splits=32;tiles=1;over=1;prefetch=0`, each part optional.
     """
     if not cell or problem.d % cell or problem.dv % cell:
         return None
     shares = max(4, 1 << (-(-max(problem.d, problem.dv) // 8) - 1).bit_length())
     if shares > limits.subgroup_size:
         return None
-    asked = {} if variant == "auto" else {k: int(v) for k, v in (part.split("=") for part in variant.split(";"))}
+    asked = stream_variant(variant)
     count = problem.group * problem.rows
     rows = min(4, 1 << (count - 1).bit_length())
     tiles = asked.get("tiles", 1)  # more never gained: tiles that read the same keys run side by side

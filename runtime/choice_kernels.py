@@ -5,6 +5,7 @@ See `chooser.py` for what they do together.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 
@@ -19,6 +20,8 @@ _NOT_NOW = 0xFFFFFFFF
 _SHIFTS = (21, 10, 0)
 _SMALLEST, _LARGEST = 1e-30, 1e30
 """Temperatures and penalties beyond are no different in float32."""
+_NO_WEIGHT = -1e30
+"""Logarithm of a weight that counts as 0: NO_WEIGHT of choose_weights.wgsl."""
 
 _PARTS = {
     "choose_argmax": ("choose_keys",),
@@ -85,8 +88,8 @@ def search_levels(histograms: int) -> dict[str, list[dict[str, Param]]]:
 
 
 def pack_settings(sampling: Sampling, seed: int, stream: int) -> bytes:
-    """A row's settings, 8 words: 1 / temperature (0: greedy), top-k, top-p in units of 2**-32 (0: off), min-p, penalty,
-    seed (low, high), stream.
+    """A row's settings, 8 words: 1 / temperature (0: greedy), top-k, top-p in units of 2**-32 (0: off), logarithm of
+    min-p, penalty, seed (low, high), stream.
 
     Raises:
         InputError: the seed is out of range.
@@ -96,8 +99,9 @@ def pack_settings(sampling: Sampling, seed: int, stream: int) -> bytes:
         raise InputError(f"seed is {key}, expected an integer in [0, 2**64)")
     penalty = min(max(sampling.repetition_penalty, _SMALLEST), _LARGEST)
     if sampling.greedy:
-        return struct.pack("<fIIffQI", 0.0, 0, 0, 0.0, penalty, key, stream)
+        return struct.pack("<fIIffQI", 0.0, 0, 0, _NO_WEIGHT, penalty, key, stream)
     inverse = 1.0 / min(max(sampling.temperature, _SMALLEST), _LARGEST)
     kept = min(sampling.top_k, 0xFFFFFFFF)
     portion = 0 if sampling.top_p >= 1 else max(int(sampling.top_p * 2**32), 1)
-    return struct.pack("<fIIffQI", inverse, kept, portion, sampling.min_p, penalty, key, stream)
+    least = math.log(sampling.min_p) if sampling.min_p else _NO_WEIGHT
+    return struct.pack("<fIIffQI", inverse, kept, portion, least, penalty, key, stream)

@@ -20,6 +20,7 @@ Array = np.ndarray[Any, Any]
 _WORD = 0xFFFFFFFF
 _FIRST_TRY = 1024
 """Candidates looked at before all tokens are sorted; top-p rarely needs more."""
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -112,16 +113,19 @@ def probabilities(logits: Array, sampling: Sampling, history: Iterable[int] = ()
     # The largest one is subtracted before the division: no overflow, however small the temperature. An infinite
     # one takes everything (inf - inf would be NaN).
     top = scores.max()
-    shifted = np.where(scores == top, 0.0, scores - top)
-    with np.errstate(over="ignore", under="ignore"):
-        weights = np.exp(shifted / sampling.temperature)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        shifted = np.where(scores == top, 0.0, scores - top)
+        exponents = shifted / sampling.temperature
+        weights = np.exp(exponents)
     weights /= weights.sum()
+    # By scores and exponents, not by weights: those of different scores may round to the same at a high temperature.
     if sampling.top_k and sampling.top_k < len(weights):
-        weights = _keep(weights, _descending(weights, sampling.top_k)[: sampling.top_k])
+        weights = _keep(weights, _descending(scores, sampling.top_k)[: sampling.top_k])
+        scores = np.where(weights > 0, scores, -np.inf)
     if sampling.top_p < 1:
-        weights = _keep(weights, _nucleus(weights, sampling.top_p))
+        weights = _keep(weights, _nucleus(weights, scores, sampling.top_p))
     if sampling.min_p > 0:
-        weights = np.where(weights >= sampling.min_p * weights.max(), weights, 0.0)
+        weights = np.where(exponents >= math.log(sampling.min_p), weights, 0.0)
         weights /= weights.sum()
     return weights
 
@@ -164,23 +168,25 @@ def _penalised(logits: Array, sampling: Sampling, history: Iterable[int]) -> Arr
         seen = np.unique(np.fromiter(history, np.int64))
         seen = seen[(seen >= 0) & (seen < scores.size)]
         old = scores[seen]
-        scores[seen] = np.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
+        with np.errstate(over="ignore"):
+            moved = np.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
+        scores[seen] = np.where(np.isinf(old), old, np.clip(moved, -_LARGEST, _LARGEST))  # finite, as in float32
     return scores
 
 
-def _descending(weights: Array, count: int) -> Array:
-    """Ids of at least `count` largest weights, largest first, equal ones by id."""
-    if count >= len(weights):
-        return np.argsort(-weights, kind="stable")
-    least = np.partition(weights, len(weights) - count)[len(weights) - count]
-    found = np.flatnonzero(weights >= least)
-    return found[np.argsort(-weights[found], kind="stable")]
+def _descending(scores: Array, count: int) -> Array:
+    """Ids of at least `count` largest scores, largest first, equal ones by id."""
+    if count >= len(scores):
+        return np.argsort(-scores, kind="stable")
+    least = np.partition(scores, len(scores) - count)[len(scores) - count]
+    found = np.flatnonzero(scores >= least)
+    return found[np.argsort(-scores[found], kind="stable")]
 
 
-def _nucleus(weights: Array, top_p: float) -> Array:
-    """Ids of the fewest largest weights that sum to `top_p`; the weights sum to 1."""
+def _nucleus(weights: Array, scores: Array, top_p: float) -> Array:
+    """Ids of the fewest tokens of the largest scores whose weights sum to `top_p`; all weights sum to 1."""
     for count in (_FIRST_TRY, len(weights)):
-        order = _descending(weights, count)
+        order = _descending(scores, count)
         total = np.cumsum(weights[order])
         if total[-1] >= top_p or count >= len(weights):
             break

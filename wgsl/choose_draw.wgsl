@@ -49,11 +49,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     let counters = params.rows * 8u + row * 4u;
     let best = leader(lane, base);
     let inverse_temperature = bitcast<f32>(state[row * 8u]);
-    let min_p = bitcast<f32>(state[row * 8u + 3u]);
+    let least = bitcast<f32>(state[row * 8u + 3u]);
     let key = atomicLoad(&work[base + params.cut]);
     let ties = atomicLoad(&work[base + params.cut + 1u]);
-    let tie_weight = weight_of(key, best.x, inverse_temperature);
-    let tie_mass = mass_of(select(0.0, tie_weight, tie_weight >= min_p));
+    let tie_mass = mass_of(kept_weight(key, best.x, inverse_temperature, least));
     let position = position_of(row);
     var word = philox(
         vec4<u32>(position.x, position.y, state[row * 8u + 7u], 0u),
@@ -115,14 +114,14 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     after = left;
     own.count = 0u;
     for (var id = start; id < stop; id++) {
-        own.mass = add64(own.mass, token_mass(row, id, key, after, best.x, inverse_temperature, min_p));
+        own.mass = add64(own.mass, token_mass(row, id, key, after, best.x, inverse_temperature, least));
         if (keys[row * params.vocabulary + id] == key && after > 0u) { after--; }
     }
     upto = scan(lane, own).mass;
     before = sub64(upto, own.mass);
     if (!less64(rest, before) && less64(rest, upto)) {
         for (var id = start; id < stop; id++) {
-            let next = add64(before, token_mass(row, id, key, left, best.x, inverse_temperature, min_p));
+            let next = add64(before, token_mass(row, id, key, left, best.x, inverse_temperature, least));
             if (less64(rest, next)) {
                 found_id = id;
                 break;
@@ -137,9 +136,8 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
 }
 
 /// The mass of a token if it is kept, else 0; `left` is how many ties may still be kept.
-fn token_mass(row: u32, id: u32, key: u32, left: u32, largest: u32, inverse_temperature: f32, min_p: f32) -> vec2<u32> {
+fn token_mass(row: u32, id: u32, key: u32, left: u32, largest: u32, inverse_temperature: f32, least: f32) -> vec2<u32> {
     let mine = keys[row * params.vocabulary + id];
     if (mine < key || (mine == key && left == 0u)) { return vec2<u32>(0u); }
-    let weight = weight_of(mine, largest, inverse_temperature);
-    return mass_of(select(0.0, weight, weight >= min_p));
+    return mass_of(kept_weight(mine, largest, inverse_temperature, least));
 }

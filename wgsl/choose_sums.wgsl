@@ -40,7 +40,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     let base = row * params.work_stride;
     let largest = leader(lane, base).x;
     let inverse_temperature = bitcast<f32>(state[row * 8u]);
-    let min_p = bitcast<f32>(state[row * 8u + 3u]);
+    let least = bitcast<f32>(state[row * 8u + 3u]);
     var key = 0u;
     var ties = 0u;
     if (params.kind != 0u) {
@@ -62,8 +62,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         if (id < params.vocabulary) {
             let mine = keys[row * params.vocabulary + id];
             if (mine > key) {
-                let weight = weight_of(mine, largest, inverse_temperature);
-                if (weight >= min_p) { sum.mass = add64(sum.mass, mass_of(weight)); }
+                sum.mass = add64(sum.mass, mass_of(kept_weight(mine, largest, inverse_temperature, least)));
             }
             if (mine == key) { sum.count++; }
         }

@@ -40,12 +40,27 @@ fn minus(a: Sum, b: Sum) -> Sum {
     return Sum(a.count - b.count, sub64(a.mass, b.mass));
 }
 
-fn weight_of(key: u32, largest: u32, inverse_temperature: f32) -> f32 {
-    if (key == largest) { return 1.0; }
-    if (inverse_temperature == 0.0 || largest == PLUS_INFINITY_KEY || key <= MINUS_INFINITY_KEY) { return 0.0; }
+const NO_WEIGHT: f32 = -1e30;
+
+/// The logarithm of a token's weight, at least NO_WEIGHT. Negative for all but the largest, also where it underflows.
+fn exponent_of(key: u32, largest: u32, inverse_temperature: f32) -> f32 {
+    if (key == largest) { return 0.0; }
+    if (inverse_temperature == 0.0 || largest == PLUS_INFINITY_KEY || key <= MINUS_INFINITY_KEY) { return NO_WEIGHT; }
     let exponent = (score_of(key) - score_of(largest)) * inverse_temperature;
-    if (!(exponent > -30.0)) { return 0.0; }
-    return min(exp(exponent), 1.0);
+    if (!(exponent > -30.0)) { return NO_WEIGHT; }
+    return min(exponent, -1.1754944e-38);
+}
+
+fn weight_of(key: u32, largest: u32, inverse_temperature: f32) -> f32 {
+    return kept_weight(key, largest, inverse_temperature, NO_WEIGHT);
+}
+
+/// The weight if min-p keeps the token, else 0; `least` is the logarithm of min-p. Compared as logarithms: weights of different scores may
+/// round to the same.
+fn kept_weight(key: u32, largest: u32, inverse_temperature: f32, least: f32) -> f32 {
+    let exponent = exponent_of(key, largest, inverse_temperature);
+    if (exponent == NO_WEIGHT || exponent < least) { return 0.0; }
+    return select(min(exp(exponent), 1.0), 1.0, exponent == 0.0);
 }
 
 fn mass_of(weight: f32) -> vec2<u32> {

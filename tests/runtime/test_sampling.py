@@ -110,6 +110,42 @@ def test_extreme_values_stay_finite() -> None:
     assert probabilities(np.array([6e4, 6e4, -6e4], np.float16), Sampling(temperature=0.1)).tolist() == [0.5, 0.5, 0]
 
 
+FLATTENED = [
+    (Sampling(temperature=1e30, top_k=2), [1, 3]),
+    (Sampling(temperature=1e30, top_p=0.3), [1, 3]),
+    (Sampling(temperature=1e30, top_k=4, top_p=0.2), [3]),
+    (Sampling(temperature=1e30, min_p=1.0), [3]),
+    (Sampling(temperature=1e30, top_k=3, min_p=1.0), [3]),
+    (Sampling(temperature=1e30, top_p=0.5, min_p=1.0), [3]),
+]
+"""Settings, and the ids of `flattened` that they keep."""
+
+
+def flattened() -> np.ndarray[Any, Any]:
+    """Logits of which all weights round to the same at a temperature of 1e30."""
+    return np.array([0.0, 1.0, -1.0, 2.0, 0.5], np.float32)
+
+
+@pytest.mark.parametrize(("sampling", "kept"), FLATTENED)
+def test_the_order_is_that_of_the_logits_at_any_temperature(sampling: Sampling, kept: list[int]) -> None:
+    assert np.flatnonzero(probabilities(flattened(), sampling)).tolist() == kept
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_logits_warn_of_nothing() -> None:
+    logits = np.array([np.inf, 1.0, np.inf, -np.inf], np.float32)
+    for sampling in (Sampling(temperature=1), Sampling(temperature=1, repetition_penalty=1.5), GREEDY):
+        assert probabilities(logits, sampling, [0, 1, 2, 3])[[1, 3]].tolist() == [0, 0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_penalised_logits_stay_in_the_range_of_float32() -> None:
+    """As on the GPU: what leaves it is a tie at its end."""
+    logits = np.array([-3e38, -2e38, -np.inf], np.float32)
+    assert choose(logits, Sampling(repetition_penalty=1e6), history=[0, 1, 2]) == 0
+    assert choose(-logits[:2], Sampling(repetition_penalty=1e-300), history=[0, 1]) == 0
+
+
 def test_tokens_of_probability_zero_are_never_drawn() -> None:
     logits = np.array([-np.inf, 0.0, -np.inf, 0.0, -np.inf])
     drawn = {choose(logits, Sampling(temperature=1, seed=1), position=i) for i in range(200)}
