@@ -6,11 +6,12 @@ import argparse
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import ParamSpec
 
 from executorch_webgpu.runtime.errors import WebGPUDelegateError
 
-Main = Callable[[Sequence[str] | None], int]
+_Arguments = ParamSpec("_Arguments")
 
 
 def say(message: str) -> None:
@@ -18,13 +19,13 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def command(main: Main) -> Main:
+def command(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
     """A command that ends with a sentence and the status 1 where a file, a program, a size or the device is wrong."""
 
     @functools.wraps(main)
-    def guarded(arguments: Sequence[str] | None = None) -> int:
+    def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> int:
         try:
-            return main(arguments)
+            return main(*args, **kwargs)
         except (WebGPUDelegateError, OSError) as error:
             say(f"Error: {error}")
             return 1
