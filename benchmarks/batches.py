@@ -25,21 +25,37 @@ TOGETHER = 8
 """Steps of one submit."""
 
 
-def batches(report: Report, device: Device, options: argparse.Namespace) -> None:
+def open_batched(device: Device, path: str) -> Program:
+    """A program for batches.
+
+    Raises:
+        UnsupportedError: it is none.
+        WebGPUDelegateError, OSError: as loading a program.
+    """
+    program = Runtime(device).load_program(path)
+    try:
+        with BatchGenerator(program) as batch:
+            if batch.fallback is not None:
+                raise UnsupportedError(batch.fallback)
+    except BaseException:
+        program.close()
+        raise
+    return program
+
+
+def batches(report: Report, program: Program, options: argparse.Namespace) -> None:
     """Time a program for batches with each number of active rows that `options.rows` asks for.
 
     `decode_loop.batch`: steps of rows at position `past`, as the loop on the GPU runs them; `decode_loop.texts`: whole
     requests of one prompt token, which grow to `steps` tokens, with all that the host does about them.
 
     Raises:
-        UnsupportedError: the program is no decoder for batches, or does not run on the GPU alone.
         InputError: more rows, positions or steps than it has.
     """
-    with Runtime(device).load_program(options.batched) as program:
-        for rows in options.rows:
-            _steps(report, program, rows, options)
-        for rows in options.rows:
-            _texts(report, program, rows, options)
+    for rows in options.rows:
+        _steps(report, program, rows, options)
+    for rows in options.rows:
+        _texts(report, program, rows, options)
 
 
 def _steps(report: Report, program: Program, rows: int, options: argparse.Namespace) -> None:
@@ -84,8 +100,6 @@ def _steps(report: Report, program: Program, rows: int, options: argparse.Namesp
 
 def _texts(report: Report, program: Program, rows: int, options: argparse.Namespace) -> None:
     with BatchGenerator(program) as batch:
-        if batch.fallback is not None:
-            raise UnsupportedError(batch.fallback)
         steps: int = min(options.steps, batch.capacity - 1)
 
         def run() -> float:

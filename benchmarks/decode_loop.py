@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ from executorch_webgpu.runtime.resident import DEPTH, Resident, Whole, find_whol
 from executorch_webgpu.runtime.sampling import GREEDY
 
 from .baseline import measure
-from .batches import batches
+from .batches import batches, open_batched
 from .graphs import BITS, DecoderSizes, Inputs, decoder, encode, ready
 from .host import watched
 from .options import add_common, command, count, counts, names, natural
@@ -382,26 +383,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = sorted(set(options.modes) - set(MODES))
     if unknown:
         made.error(f"unknown modes {unknown}; there are {sorted(MODES)}")
+    with ExitStack() as opened:
+        _measured(options, opened)
+    return 0
+
+
+def _measured(options: argparse.Namespace, opened: ExitStack) -> None:
+    """All that was asked for; programs are opened before the first measurement."""
     device = Device.create(options.adapter)
-    report = Report(device, options.out)
-    report.rates = measure(device, options)
+    batched = None if options.batched is None else opened.enter_context(open_batched(device, options.batched))
     model: Decoder
-    if options.pte:
+    if options.pte is not None:
         model = ProgramDecoder(device, options.pte, options.data)
         dtype = "program"
     else:
         model = RecordsDecoder(device, DecoderSizes(**{f.name: getattr(options, f.name) for f in fields(DecoderSizes)}))
         dtype = options.dtype
-    try:
-        for name in options.modes:
-            steps_of(report, model, name, dtype, options)
-        for rows in options.prefill:
-            prefill_of(report, model, rows, dtype, options)
-        if options.batched:
-            batches(report, device, options)
-    finally:
-        model.close()
-    return 0
+    opened.callback(model.close)
+    report = Report(device, options.out)
+    report.rates = measure(device, options)
+    for name in options.modes:
+        steps_of(report, model, name, dtype, options)
+    for rows in options.prefill:
+        prefill_of(report, model, rows, dtype, options)
+    if batched is not None:
+        batches(report, batched, options)
 
 
 if __name__ == "__main__":

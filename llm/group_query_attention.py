@@ -116,6 +116,8 @@ def _eager(*args: Any, **kwargs: Any) -> Tensor:
     call = _Call.of(args, kwargs)
     sizes, query = call.sizes, call.tensor("query")
     pasts, counts = _lengths(call)
+    if call.tensor("key_cache").data_ptr() == call.tensor("value_cache").data_ptr():
+        raise ValueError("group_query_attention: key_cache and value_cache are one tensor; they must be apart")
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v = (part.to(wide) for part in _parts(call))
     for name in ("q", "k"):

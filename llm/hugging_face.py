@@ -111,14 +111,12 @@ def rewrite(model: Any, capacity: int, last_only: bool) -> Rewritten:
         NotImplementedError: the model cannot be rewritten; says why.
     """
     _register()
-    copied = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    copied = _copied(model, IMPLEMENTATION)
     step = Step(last_only)
     head = copied.get_output_embeddings()
     if head is None:
         raise _cannot(model, "it has no language modelling head (get_output_embeddings)")
     for module in copied.modules():
-        if hasattr(module, "config"):
-            module.config._attn_implementation = IMPLEMENTATION
         _replace_rotation(module, step)
     rotary = [(parent, name) for parent in copied.modules() for name, child in parent.named_children() if _turns(child)]
     for parent, name in rotary:
@@ -136,6 +134,22 @@ def rewrite(model: Any, capacity: int, last_only: bool) -> Rewritten:
     eos_ids = tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (ids,)
     step.probing = False
     return Rewritten(copied, step, tuple(step.layers.values()), int(head.weight.shape[0]), eos_ids)
+
+
+def _copied(model: Any, attention: str) -> Any:
+    """A copy that shares the parameters, in eval mode, with another attention implementation."""
+    copied = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    for module in copied.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = attention
+    return copied
+
+
+def with_eager_attention(model: Any) -> Any:
+    """The model with transformers' "eager" attention, which does all that the model's configuration asks for; "sdpa",
+    the default, leaves out softcaps."""
+    used = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    return model if used == "eager" else _copied(model, "eager")
 
 
 def _cannot(model: Any, why: str) -> NotImplementedError:

@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .hugging_face import Rewritten, rewrite
+from .hugging_face import Rewritten, rewrite, with_eager_attention
 
 
 class RaggedDecoder(nn.Module):
@@ -91,8 +92,12 @@ def make_ragged(
     """
     if logits not in ("last", "all"):
         raise ValueError(f"logits is {logits!r}; it must be 'last' or 'all'")
-    if batch < 1 or capacity < 1:
-        raise ValueError(f"batch is {batch}, capacity {capacity}; both must be positive")
+    batch, capacity = _count("batch", batch), _count("capacity", capacity)
+    if cache_dtype is not None and cache_dtype not in _TOLERANCE:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TOLERANCE)
+        raise ValueError(f"cache_dtype is {cache_dtype!r}; it must be one of torch's {known}, or None")
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
+        raise ValueError(f"expected a causal language model of transformers, got {type(model).__name__}")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and capacity > longest:
         raise ValueError(f"capacity {capacity} is above the model's {longest} positions")
@@ -103,6 +108,42 @@ def make_ragged(
         compare(model, decoder)
         decoder.reset()
     return decoder
+
+
+def _count(name: str, value: Any) -> int:
+    """A positive integer of Python or numpy. Raises ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+    return int(value)
+
+
+def _longest(max_tokens: Any, capacity: int) -> int:
+    """Most tokens of a row in one call; None stands for the capacity. Raises ValueError."""
+    if max_tokens is None:
+        return capacity
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int | np.integer):
+        raise ValueError(f"max_tokens is {max_tokens!r}; it must be an integer in [1, {capacity}], or None")
+    if not 1 <= max_tokens <= capacity:
+        raise ValueError(f"max_tokens is {max_tokens}, outside [1, {capacity}]")
+    return int(max_tokens)
+
+
+def _methods(given: Any) -> dict[str, Any]:
+    """Constant methods by name. Raises ValueError for anything else."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise ValueError(f"constant_methods is {given!r}; it must be a dict of values by name, or None")
+    return dict(given)
+
+
+def _partitioner(given: Any) -> Any:
+    """The partitioner to use. Raises ValueError for anything but a `WebGPUPartitioner`, or None."""
+    from ..partitioner import WebGPUPartitioner
+
+    if given is not None and not isinstance(given, WebGPUPartitioner):
+        raise ValueError(f"partitioner is {given!r}; it must be a WebGPUPartitioner, or None")
+    return WebGPUPartitioner() if given is None else given
 
 
 def _dtype(model: Any) -> torch.dtype:
@@ -129,7 +170,7 @@ def compare(model: Any, decoder: RaggedDecoder) -> None:
     q_len[-1], later[-1], rest[-1] = 3, 3, 2
     tokens = torch.zeros(decoder.batch, 4, dtype=torch.int64)
     with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        expected = with_eager_attention(model)(input_ids=ids, use_cache=False).logits[0, -1].float()
         tokens[-1, :3] = ids[0, :3]
         decoder(tokens, past, q_len)
         tokens[-1, :2] = ids[0, 3:]
@@ -167,9 +208,12 @@ def export_ragged(
     Raises:
         ValueError, NotImplementedError: as of `make_ragged`.
     """
+    _longest(max_tokens, _count("capacity", capacity))  # before the model is rewritten
+    further = _methods(constant_methods)
+    _partitioner(partitioner)
     decoder = make_ragged(model, batch, capacity, logits, cache_dtype, check)
     constants: dict[str, Any] = {"get_eos_ids": list(decoder.eos_ids)} if decoder.eos_ids else {}
-    constants |= constant_methods or {}
+    constants |= further
     return lower_ragged(
         decoder,
         batch,
@@ -204,17 +248,15 @@ def lower_ragged(
     Returns:
         The `ExecutorchProgramManager`; `.buffer` is the `.pte`.
     Raises:
-        ValueError: max_tokens is outside [1, capacity].
+        ValueError: batch, capacity, vocabulary or max_tokens is no positive integer; max_tokens is above the capacity;
+            another argument is of a wrong type.
         NotImplementedError: torch.export does not take the module, or operators of it cannot be delegated; says which.
     """
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    from ..partitioner import WebGPUPartitioner
-
-    longest = capacity if max_tokens is None else max_tokens
-    if not 1 <= longest <= capacity:
-        raise ValueError(f"max_tokens is {longest}, outside [1, {capacity}]")
-    used = partitioner or WebGPUPartitioner()
+    batch, capacity, vocabulary = _count("batch", batch), _count("capacity", capacity), _count("vocabulary", vocabulary)
+    longest, further = _longest(max_tokens, capacity), _methods(constant_methods)
+    used = _partitioner(partitioner)
     try:
         exported = export_program(module, batch, longest)
     except Exception as error:  # of many types, all about the module; the first line says what
@@ -232,7 +274,7 @@ def lower_ragged(
             "get_max_seq_len": longest,
             "get_max_batch_size": batch,
             "get_vocab_size": vocabulary,
-            **(constant_methods or {}),
+            **further,
         },
     )
     if used.refused:

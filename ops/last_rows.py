@@ -19,6 +19,8 @@ def reason(x: Value, q_len: Value, floats: tuple[str, ...]) -> str | None:
     """Why the operator does not take these arguments, or None."""
     if len(x.shape) != 3 or x.dtype not in floats:
         return f"x is {x.dtype}{list(x.shape)}; it must be a float tensor [batch, rows, elements]"
+    if isinstance(x.shape[1], int) and x.shape[1] < 1:
+        return f"x is {x.dtype}{list(x.shape)}; it must have at least one row"
     batch = x.shape[0]
     if q_len.dtype not in ("i32", "i64") or q_len.shape not in ((batch,), (batch, 1), (1, batch)):
         return f"q_len is {q_len.dtype}{list(q_len.shape)}; it must be i32 or i64, one for each of {batch} batch rows"

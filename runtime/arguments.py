@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from os import PathLike
 from typing import Any
 
 from .errors import InputError
+from .method import Method
+from .program import Program
 from .sampling import Sampling
 from .token_ids import is_integer
 
@@ -60,7 +62,32 @@ def given_list(name: str, value: Any, expected: str) -> list[Any]:
 
 
 def check_source(value: Any) -> None:
-    """InputError for a file where a loaded program or method is expected."""
-    if isinstance(value, str | bytes | PathLike):
-        shown = "its bytes" if isinstance(value, bytes) else repr(str(value))
+    """InputError for anything but a loaded program, or a method that was not closed."""
+    if isinstance(value, Method):
+        if value.closed:
+            raise InputError(f"method {value.name} was closed: load it again")
+        return
+    if not isinstance(value, Program):
+        shown = "its bytes" if isinstance(value, bytes) else repr(str(value) if isinstance(value, PathLike) else value)
         raise InputError(f"expected a program or a method, got {shown}: load it with Runtime.get().load_program(...)")
+
+
+def given_constants(value: Any, source: Program | Method) -> dict[str, Any]:
+    """Values of constant methods by name: of a program, a dict, or None (of `source`, where that is a program).
+
+    Raises:
+        InputError: it is none of these.
+    """
+    if value is None:
+        value = source if isinstance(source, Program) else {}
+    if isinstance(value, Program):
+        return value.constants
+    if not isinstance(value, Mapping):
+        raise InputError(f"constants is {value!r}, expected a program, or a dict of values by name")
+    return dict(value)
+
+
+def check_callback(name: str, value: Any) -> None:
+    """InputError for what cannot be called and is not None."""
+    if value is not None and not callable(value):
+        raise InputError(f"{name} is {value!r}, expected a function, or None")

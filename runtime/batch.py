@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from .arguments import check_callback, given_list
 from .batch_loop import BatchLoop, Choice, Piece
 from .batch_rows import Request, Row
 from .batch_sequences import BatchSequences
@@ -92,15 +93,17 @@ class BatchGenerator(BatchSequences):
         is free again when the text is done.
 
         Args:
-            prompt_ids: a request that was not used yet, or its arguments.
+            prompt_ids: a request that was not used yet (then nothing else but `row`), or its arguments.
             row: continue this row's sequence, which stays afterwards; the prompt may be empty then.
         Raises:
             InputError: no prompt, an id out of range, more than fit; the row is none or has a request; the request was
                 used before. Nothing was changed.
         """
-        self._require_open()
+        self._require_method()
         if isinstance(prompt_ids, Request):
             request = prompt_ids
+            if (max_new_tokens, stop_ids, sampling) != (None, None, GREEDY):
+                raise InputError(f"{request} has its settings already: give them where it is made")
         else:
             request = Request(prompt_ids, max_new_tokens, stop_ids, sampling)
         if request.joined:
@@ -118,13 +121,22 @@ class BatchGenerator(BatchSequences):
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request; what it has so far stays with it. Nothing happens if it is done."""
+        """End a request; what it has so far stays with it. Nothing happens if it is done.
+
+        Raises:
+            InputError: it is no request, or neither done nor one of this batch.
+        """
         self._require_open()
+        if not isinstance(request, Request):
+            raise InputError(f"expected a request, as join returns it, got {request!r}")
+        found = next((row for row in self._rows if row.request is request), None)
         if request in self._waiting:
             self._waiting.remove(request)
             request.stop_reason = "stopped"
-        elif request.row is not None and self._row(request.row).request is request:
-            self._leave(self._row(request.row), "stopped")
+        elif found is not None:
+            self._leave(found, "stopped")
+        elif not request.done:
+            raise InputError(f"{request} is not one of this batch's: cancel it where it joined")
 
     def step(self) -> list[Event]:
         """Run all requests a bit further.
@@ -145,8 +157,14 @@ class BatchGenerator(BatchSequences):
         return found
 
     def events(self) -> Iterator[Event]:
-        """Steps until no request is left; requests may join and be cancelled meanwhile."""
+        """Steps until no request is left; requests may join and be cancelled meanwhile.
+
+        Raises:
+            InputError: requests wait, and every row holds a sequence of the caller's.
+            DeviceError: the GPU failed.
+        """
         while self.requests or self._found:
+            self._require_row()
             yield from self.step()
 
     def run(
@@ -161,12 +179,15 @@ class BatchGenerator(BatchSequences):
         Returns:
             The requests, in their order.
         Raises:
-            InputError: as `join`; none was run then.
+            InputError: as `join`; every row holds a sequence of the caller's. None was run then.
         """
-        given = [one if isinstance(one, Request) else Request(one) for one in requests]
+        check_callback("on_token", on_token)
+        each = given_list("requests", requests, "requests or prompts in a list")
+        given = [one if isinstance(one, Request) else Request(one) for one in each]
         joined: list[Request] = []
         try:
             joined += [self.join(one) for one in given]
+            self._require_row()
         except InputError:
             for one in self._waiting.copy():
                 if one in given:
@@ -176,6 +197,7 @@ class BatchGenerator(BatchSequences):
         told: dict[Request, int] = {}
         try:
             while not all(one.done for one in joined) or self._found:
+                self._require_row()
                 for request, token in self.step():
                     told[request] = told.get(request, 0) + 1
                     if on_token is None or told[request] > len(request.tokens) or not on_token(request, token):
@@ -188,6 +210,14 @@ class BatchGenerator(BatchSequences):
                 self.cancel(request)
             raise
         return joined
+
+    def _require_row(self) -> None:
+        """InputError where requests would wait for ever."""
+        if self._waiting and not self._found and all(row.request is None and row.tokens for row in self._rows):
+            raise InputError(
+                f"{len(self._waiting)} requests wait for a row, and all {self.rows} hold sequences: reset one, or let "
+                "a request continue it (join with row=)"
+            )
 
     # -- how requests get on
 
@@ -228,26 +258,29 @@ class BatchGenerator(BatchSequences):
             if not decoding:
                 loop.prefill(pieces, self._size(pieces))
             else:
-                loop.start(pieces, self._size(pieces), self._choices(decoding))
-                self._submit(loop, decoding, 1)
+                with loop.device.lock:  # another thread's run comes before or after, not between
+                    loop.start(pieces, self._size(pieces), self._choices(decoding))
+                    self._submit(loop, decoding, 1)
             self._ran(pieces, decoding)
             self._settle()
             return
         active = self._active()
-        if not loop.goes_on(frozenset(row.number for row in active)):
+        goes_on = loop.goes_on(frozenset(row.number for row in active))
+        if not goes_on:
             self._settle()
             active = self._active()
             if not active:
                 return
-            pieces, _ = self._pieces()
-            loop.start(pieces, 1, self._choices(active))
-            self._pace.begin()
         try:
-            while loop.flying < DEPTH:
-                steps = min(self._pace.steps, max(self._left(row) for row in active) - sum(self._ahead))
-                if steps <= 0:
-                    break
-                self._submit(loop, active, steps)
+            with loop.device.lock:
+                if not goes_on:
+                    loop.start(self._pieces()[0], 1, self._choices(active))
+                    self._pace.begin()
+                while loop.flying < DEPTH:
+                    steps = min(self._pace.steps, max(self._left(row) for row in active) - sum(self._ahead))
+                    if steps <= 0:
+                        break
+                    self._submit(loop, active, steps)
         except Interrupted:  # somebody used the buffers meanwhile; the next call starts anew
             self._settle()
         else:

@@ -15,6 +15,7 @@ from .device import Device
 from .host import STORAGE
 from .sampling import GREEDY, Sampling
 from .snapshot import Content, Used
+from .workspace import locked
 
 
 class Request:
@@ -123,6 +124,7 @@ class RowCopies:
         self.capacity = capacity
         self._between: Any = None
 
+    @locked
     def copy(self, source: int, target: int, length: int, to: State) -> bool:
         """Copy the first `length` positions of a row to a row of `to`, a state of the same program. False where rows do
         not begin at multiples of 4 bytes: nothing was copied then."""

@@ -13,7 +13,7 @@ from typing import Any, Self, overload
 import numpy as np
 
 from . import snapshot as snapshots
-from .arguments import check_count, check_sampling, check_source, check_stop_ids, given_ids, given_list
+from .arguments import check_count, check_sampling, check_source, check_stop_ids, given_constants, given_ids, given_list
 from .batch_loop import BatchLoop, Choice, Piece
 from .batch_rows import Row, RowCopies
 from .chooser import NAN_LOGITS, NO_LOGITS
@@ -45,9 +45,8 @@ class BatchSequences:
         check_source(source)
         steps_per_submit = check_count("steps_per_submit", steps_per_submit)
         chunk = check_count("chunk", chunk, 1)
-        if constants is None and isinstance(source, Program):
-            constants = source
-        self.constants = dict((constants.constants if isinstance(constants, Program) else constants) or {})
+        self.constants = given_constants(constants, source)
+        stop_ids(self.constants)  # refused here, not after the first token
         self._owned = isinstance(source, Program)
         self.method = _load(source, self.constants) if isinstance(source, Program) else source
         self.closed = False
@@ -194,6 +193,8 @@ class BatchSequences:
             numbers = [found.number for found in self._rows if found.tokens and found.request is None]
         else:
             numbers = [row] if is_integer(row) else given_list("row", row, "the number of a row, or several in a list")  # type: ignore[list-item]
+        for number in numbers:
+            self._row(number)
         if len(set(numbers)) != len(numbers):
             raise InputError(f"a row occurs twice in {numbers}")
         settings = sampling if isinstance(sampling, list | tuple) else [sampling] * len(numbers)
@@ -284,12 +285,13 @@ class BatchSequences:
         `load_row` of any batch of the same program goes on there, in any row.
 
         Raises:
-            InputError: no such row, or a request's; the batch was closed.
+            InputError: no such row, or a request's; the batch was closed; `path` is no file's name.
             UnsupportedError: safetensors is not installed.
             OSError: the file cannot be written.
         """
         found = self._own(row)
         self._ready()
+        snapshots.check_target(path)
         state = snapshots.download(self.method.state, Used(found.run, self.capacity, found.number))
         snapshots.save(path, found.content, state, self.model_id, self.capacity, self.method.name)
 
@@ -352,8 +354,10 @@ class BatchSequences:
         if self._loop is None:
             logits = self._call(pieces, 1)
             return [self._drawn(logits[row.number], row, one) for row, one in zip(rows, each, strict=True)]
-        self._loop.start(pieces, 1, {row.number: self._choice(row, one) for row, one in zip(rows, each, strict=True)})
-        self._loop.submit(1)
+        choices = {row.number: self._choice(row, one) for row, one in zip(rows, each, strict=True)}
+        with self._loop.device.lock:  # another thread's run on the same buffers comes before or after, not between
+            self._loop.start(pieces, 1, choices)
+            self._loop.submit(1)
         found = self._loop.collect()[0].tolist()
         return [found[row.number] for row in rows]
 
@@ -401,11 +405,14 @@ class BatchSequences:
         if self.closed:
             raise InputError("this batch was closed: make a new one")
 
-    def _ready(self) -> None:
-        """InputError where the sequences cannot go on."""
+    def _require_method(self) -> None:
         self._require_open()
         if self.method.closed:
             raise InputError(f"method {self.method.name} was closed: load it again")
+
+    def _ready(self) -> None:
+        """InputError where the sequences cannot go on."""
+        self._require_method()
         state = self.method.state
         state.require_open()
         if state.user is not self._key:

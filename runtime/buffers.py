@@ -130,6 +130,22 @@ class State:
         if self.closed:
             raise InputError("this state was closed: make a new one")
 
+    @staticmethod
+    def check(value: Any, device: Device) -> State:
+        """A state that methods on a device can use. Raises InputError for anything else."""
+        if not isinstance(value, State):
+            raise InputError(f"state is {value!r}, expected that of a method, or what new_state of a program gives")
+        value.require_open()
+        if value.device is not device:
+            raise InputError("the state is on another device than the program: make one with its new_state")
+        return value
+
+    def keep(self, known: Collection[str]) -> None:
+        """Free all buffers but those of these names."""
+        with self.device.lock:
+            for name in [name for name in self._buffers if name not in known]:
+                self.device.release(self._buffers.pop(name)[0], "state")
+
     def get(self, value: Value, source: DataSource) -> Any:
         """The buffer of a mutable value; made and given its initial content on first use.
 
@@ -150,7 +166,7 @@ class State:
             if (found[1].dtype, found[1].shape) != (value.dtype, value.shape):
                 raise DeviceError(
                     f"state {value.name} is {found[1].dtype}{list(found[1].shape)}, "
-                    f"but this method has {value.dtype}{list(value.shape)}"
+                    f"but this method has {value.dtype}{list(value.shape)}: it needs a state of its own"
                 )
             return found[0], False
         size = storage_size(self.device, value.dtype, static_numel(value))

@@ -15,6 +15,7 @@ from .errors import InputError, UnsupportedError
 from .host import to_host
 from .method import Method, TensorInfo
 from .pte import DelegateCall
+from .token_ids import constant_size
 
 Array = np.ndarray[Any, Any]
 _DTYPES: dict[str, type[np.integer[Any]]] = {"i64": np.int64, "i32": np.int32}
@@ -120,6 +121,7 @@ def find_convention(method: Method, constants: Mapping[str, Any], prompts: bool 
             capacity. Without them it is looked for in the range checks of the program's kernels.
     Raises:
         UnsupportedError: it is no decoder for one sequence at a time; says what its inputs and outputs are.
+        InputError: the capacity is no positive integer.
     """
     meta, names = method.metadata, input_names(method)
     shown = ", ".join(f"{name} {show(info)}" for name, info in zip(names, meta.inputs, strict=True)) or "none"
@@ -160,9 +162,7 @@ def find_convention(method: Method, constants: Mapping[str, Any], prompts: bool 
         raise refuse(f"its first output is {show(found)}, not logits f32[1, V] or f32[1, S, V]")
     each = positions.dynamic or positions.sizes[0] > 1
     draft = Convention(each, chunk, found.sizes[-1], None, False, (tokens.dtype, positions.dtype))
-    capacity = next(
-        (int(constants[key]) for key in ("get_max_context_len", "get_max_seq_len") if key in constants), None
-    )
+    capacity = constant_size(constants, ("get_max_context_len", "get_max_seq_len"))
     if capacity is None:
         capacity = _checked_capacity(method, draft)
     rewindable = capacity is not None and _by_position(method, capacity)
@@ -177,6 +177,7 @@ def find_ragged(method: Method, constants: Mapping[str, Any]) -> Ragged:
     Raises:
         UnsupportedError: it is no such decoder; says what its inputs and outputs are. Or its state is more than caches
             with a row for each position, so that rows cannot be reused.
+        InputError: the capacity is no positive integer.
     """
     ragged, rewindable = _ragged(method, constants)
     if not rewindable:
@@ -222,9 +223,8 @@ def _ragged(method: Method, constants: Mapping[str, Any]) -> tuple[Ragged, bool]
         or found.sizes[0] != rows
     ):
         raise refuse(f"its first output is {show(found)}, not logits f32[{rows}, V] or f32[{rows}, S, V]")
-    if "get_max_context_len" in constants:
-        capacity = int(constants["get_max_context_len"])
-    else:
+    capacity = constant_size(constants, ("get_max_context_len",))
+    if capacity is None:
         known = [
             node.args["capacity"]
             for delegate in method.delegates

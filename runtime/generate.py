@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from os import PathLike
 
+from .arguments import check_callback
 from .generator import GenerationResult, Generator
 from .program import Runtime, Source
 from .sampling import GREEDY, Sampling
@@ -41,6 +42,7 @@ def generate_text(
     """
     if stop_ids is None:
         stop_ids = generator.stop_ids | getattr(tokenizer, "stop_ids", frozenset())
+    check_callback("on_text", on_text)
     prompt_ids = tokenizer.encode(prompt)
     stream = TextStream(tokenizer, [*generator.tokens, *prompt_ids], stop)
     pieces: list[str] = []

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .arguments import check_count, check_sampling, check_stop_ids, given_ids
+from .arguments import check_callback, check_count, check_sampling, check_stop_ids, given_ids
 from .buffers import State
 from .errors import InputError, UnsupportedError, WebGPUDelegateError
 from .method import Method
@@ -178,6 +178,7 @@ class Generator(Session):
             InputError, UnsupportedError, DeviceError: as `stream`.
         """
         began = time.perf_counter()
+        check_callback("on_token", on_token)
         prompt_ids = given_ids("prompt_ids", prompt_ids)
         steps, speculator = self._start(prompt_ids, max_new_tokens, stop_ids, sampling, speculate)
         base, first, reason = self.length, 0.0, ""
@@ -237,6 +238,8 @@ class Generator(Session):
         batch = Batch(self.steps_per_submit)
         while count != limit:
             self._ready()
+            if not self._tokens:
+                raise InputError("there is nothing to continue: the sequence was reset meanwhile")
             if self.room == 0:
                 return "capacity"
             known = self._run == len(self._tokens) and self._logits is not None
@@ -271,7 +274,7 @@ class Generator(Session):
     ) -> abc.Generator[int, None, tuple[int, str]]:
         """New ids from drafts, as long as there are good ones; returns how many, and why they ended ("" if they need
         not)."""
-        changes, count = self._changes, 0
+        count = 0
         speculator.pace.begin()
         while count != limit:
             most = min(x - 1 for x in (self.room, None if limit is None else limit - count) if x is not None)
@@ -287,6 +290,7 @@ class Generator(Session):
                 if self._stopped:
                     return count, "stop_token"
                 count += 1
+                changes = self._changes
                 yield token
                 if self._changes != changes:
                     return count, ""
@@ -297,6 +301,7 @@ class Generator(Session):
 
     def _append(self, token: int, stops: Collection[int]) -> None:
         """Add an id that was chosen after all before it were run."""
+        self._changes += 1  # so that another stream of this sequence notices
         self._tokens.append(token)
         self._run, self._logits = len(self._tokens) - 1, None
         self._stopped = token in stops
@@ -308,7 +313,7 @@ class Generator(Session):
         room = self.room
         budget = min(x for x in (limit, room) if x is not None)
         ended = "max_new_tokens" if budget == limit else "capacity"
-        changes, sent, count = self._changes, 0, 0
+        sent, count, mine = 0, 0, object()
         batch.begin()
         running = False
         try:
@@ -319,7 +324,7 @@ class Generator(Session):
                         try:
                             if not running:
                                 ahead.start(self._tokens[-1], len(self._tokens) - 1, sampling, self._seed, self._tokens)
-                                running = True
+                                running, ahead.owner = True, mine
                             ahead.submit(steps)
                         except Interrupted:
                             if ahead.flying:
@@ -337,9 +342,11 @@ class Generator(Session):
                     if self._stopped:
                         return count, "stop_token"
                     count += 1
+                    changes = self._changes
                     yield token
-                    if self._changes != changes:
+                    if self._changes != changes or ahead.owner is not mine:
                         return count, ""
         finally:
-            ahead.drop()
+            if ahead.owner is mine:
+                ahead.drop()
         return count, ended

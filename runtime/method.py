@@ -147,11 +147,14 @@ class Method:
         graphs = [self._graph(number) if twin is None else twin.graph for number, twin in enumerate(twins)]
         self.delegates: list[Delegate] = []
         self._stored: dict[int, Any] = {}
+        held = self.state.buffers()
         try:
             for graph, twin in zip(graphs, twins, strict=True):
                 self.delegates.append(Delegate(graph, device, source, weights, self.state, twin))
         except BaseException:
             self.close()
+            if not self._own_state:
+                self.state.keep(held)  # nothing is left of this method in a state that others use
             raise
         self._label_inputs()
         # holds nothing of `self`: a method that nobody needs is freed at once, not by the garbage collector
@@ -201,12 +204,12 @@ class Method:
         Args:
             state: None for a new one, which belongs to the new method.
         Raises:
-            InputError: the method or the state was closed.
+            InputError: the method or the state was closed; the state is none, or on another device.
             DeviceError: the device is out of memory; a buffer of that name has another type.
         """
         self._require_open()
         if state is not None:
-            state.require_open()
+            State.check(state, self.device)
         with self.device.lock:
             return Method(
                 self.file, self.data_files, self.name, self.device, self.weights, state, self, self.family

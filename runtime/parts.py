@@ -47,6 +47,9 @@ def open_methods(
 ) -> tuple[Method, Method]:
     """The methods for single tokens and for prompts, on one state; those made here join `opened`."""
     if isinstance(source, Program):
+        for role, name in (("prefill", prefill), ("decode", decode)):
+            if not isinstance(name, str | Method | None):
+                raise InputError(f"{role} is {name!r}, expected the name of a method, or None")
         if isinstance(prefill, Method):
             raise InputError("prefill is a method: give its name, as the program loads it, or two methods")
         first_name, step_name = find_methods(source, prefill, decode)
@@ -58,6 +61,13 @@ def open_methods(
         return step, opened[-1]
     if decode is not None or isinstance(prefill, str):
         raise InputError("methods are named where a program is given; here they are loaded already")
+    if prefill is not None:
+        if not isinstance(prefill, Method):
+            raise InputError(f"prefill is {prefill!r}, expected a method, or None")
+        if prefill.closed:
+            raise InputError(f"method {prefill.name} was closed: load it again")
+        if prefill.device is not source.device:
+            raise InputError(f"methods {prefill.name} and {source.name} are on two devices")
     step = source
     if state is not None and state is not source.state:
         step = source.on_state(state)

@@ -112,13 +112,13 @@ class Program:
             state: mutable buffers of another method of this program to share; None for own ones.
             progress: called with (bytes uploaded, bytes in all) after each piece of the weights.
         Raises:
-            InputError: no such method; the state was closed.
+            InputError: no such method; the state is none, was closed, or is on another device.
             MissingDataError, DeviceError, UnsupportedError: it cannot run here; everything that was uploaded for it
             is freed.
         """
         device = self.runtime.device
         if state is not None:
-            state.require_open()
+            State.check(state, device)
         with device.lock:
             return self._load(name, state, device, progress)
 

@@ -160,6 +160,8 @@ class Resident:
         self._done = 0
         self.pass_options: Callable[[], dict[str, Any]] = dict
         """Gives further options of the next submit's compute pass: timestamps, for measurements."""
+        self.owner: object = None
+        """Whose run it is; whoever starts one says so."""
         self._prepare()
 
     def _inputs(self, token: int, position: int) -> list[tuple[str, Any]]:

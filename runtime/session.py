@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from . import snapshot as snapshots
-from .arguments import check_sampling, check_source, check_stop_ids, given_ids
+from .arguments import check_sampling, check_source, check_stop_ids, given_constants, given_ids
 from .buffers import State
 from .decoder import Convention
 from .delegate import KernelTime
@@ -43,9 +43,8 @@ class Session:
         decode: str | None = None,
     ) -> None:
         check_source(source)
-        if constants is None and isinstance(source, Program):
-            constants = source
-        self.constants = dict((constants.constants if isinstance(constants, Program) else constants) or {})
+        self.constants = given_constants(constants, source)
+        stop_ids(self.constants)  # refused here, not after the first token
         opened: list[Method] = []
         try:
             decoder, prompts = open_methods(source, state, prefill, decode, opened)
@@ -77,7 +76,7 @@ class Session:
         self._pace: tuple[object, Pace] | None = None
         """The last drafter, and what its drafts were worth."""
         self._changes = 0
-        """Grows with every change of the sequence from outside a running stream."""
+        """Grows with every change of the sequence, so that a stream notices those that are not its own."""
         self._key = object()
         """Says in `State.user` that the state holds this sequence."""
         self._finalizer = weakref.finalize(self, _close, opened)
@@ -428,12 +427,13 @@ class Session:
         """Write the session to a file (see `snapshot.py`); `load` of any generator of the same program goes on there.
 
         Raises:
-            InputError: the generator was closed.
+            InputError: the generator was closed; `path` is no file's name.
             UnsupportedError: safetensors is not installed; the program keeps tensors outside of its delegates.
             OSError: the file cannot be written.
         """
         self._ready()
         self._require_inside()
+        snapshots.check_target(path)
         state = snapshots.download(self.state, self._used())
         methods = " and ".join(dict.fromkeys((self.prefill.name, self.method.name)))
         snapshots.save(path, self._content(), state, self.model_id, self.capacity or 0, methods)

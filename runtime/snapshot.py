@@ -12,6 +12,7 @@ A session file is a safetensors file: `tokens` i32[n], `logits` f32[V] where tho
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import json
@@ -247,6 +248,23 @@ def model_id(methods: Iterable[Method]) -> str:
     return found.hexdigest()
 
 
+def check_path(value: Any) -> Path:
+    """A file's name. Raises InputError for anything else."""
+    if not isinstance(value, str | PathLike) or isinstance(os.fspath(value), bytes):
+        raise InputError(f"path is {value!r}, expected the name of a file")
+    return Path(value)
+
+
+def check_target(value: Any) -> Path:
+    """As `check_path`, of a file that can be written: OSError where there is a folder, or none to put it in."""
+    path = check_path(value)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder, expected the name of a file", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
+    return path
+
+
 def _safetensors(what: str) -> Any:
     """The library's module for numpy. Raises UnsupportedError where it is not installed."""
     try:
@@ -273,6 +291,7 @@ def save(
     """Write a session file; one of that name is replaced when the new one is complete.
 
     Raises:
+        InputError: `path` is no file's name.
         UnsupportedError: safetensors is not installed.
         OSError: the file cannot be written.
     """
@@ -292,7 +311,7 @@ def save(
         "floor": str(content.floor),
     }
     metadata["sha256"] = _digest(metadata, tensors)
-    target = Path(path)
+    target = check_target(path)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     os.close(handle)
     try:
@@ -368,7 +387,7 @@ def load(path: str | PathLike[str], expected: Expected, device: Device) -> tuple
 
 def _read_file(path: str | PathLike[str]) -> tuple[dict[str, str], dict[str, Array]]:
     library = _safetensors("safetensors")
-    with Path(path).open("rb"):  # a missing or unreadable file is an OSError that names it
+    with check_path(path).open("rb"):  # a missing or unreadable file is an OSError that names it
         pass
     try:
         with library.safe_open(str(path), framework="numpy") as file:

@@ -26,6 +26,7 @@ import numpy as np
 
 from ..backend.graph import Ref
 from . import native
+from .arguments import given_list
 from .chooser import Chooser, Logits
 from .decoder import Convention
 from .delegate import Delegate
@@ -83,7 +84,7 @@ class Drafter(Protocol):
         """The most tokens that are proposed at a time."""
 
     def begin(self, target: Session, sampling: Sampling, seed: int) -> Proposals:
-        """Start to work for a sequence. Raises InputError or UnsupportedError where it cannot."""
+        """Start to work for a sequence, before anything runs. Raises InputError or UnsupportedError where it cannot."""
 
 
 # -- n-grams
@@ -160,13 +161,15 @@ class DraftModel:
         most: tokens proposed at a time.
         adaptive: whether to draft less where drafts were measured to take more time than they save.
     Raises:
-        InputError: `most` is no positive integer; `generator` is none.
+        InputError: `most` is no positive integer; `generator` is none, or was closed.
         UnsupportedError: its state cannot go back.
     """
 
     def __init__(self, generator: Generator, most: int = 4, adaptive: bool = True) -> None:
         if not hasattr(generator, "rewindable"):
             raise InputError(f"a draft model of {generator!r}, expected a Generator")
+        if generator.closed:
+            raise InputError("the draft model was closed: make a new one")
         if not generator.rewindable:
             raise UnsupportedError("a draft model must be able to go back; this one's state is no cache by position")
         self.generator = generator
@@ -179,6 +182,9 @@ class DraftModel:
         return self._most
 
     def begin(self, target: Session, sampling: Sampling, seed: int) -> Proposals:
+        if self.generator.closed:
+            raise InputError("the draft model was closed: make a new one")
+        self.generator.state.require_open()
         sizes = self.generator.convention.vocabulary, target.convention.vocabulary
         if sizes[0] != sizes[1]:
             raise InputError(f"the draft model has {sizes[0]:,} tokens, the model {sizes[1]:,}: they must be the same")
@@ -253,7 +259,9 @@ class Speculator:
         if session._pace is None or session._pace[0] != (drafter, alone):
             session._pace = (drafter, alone), Pace(alone, adaptive)
         self.pace = session._pace[1]
-        self._reach = Reach(min(drafter.most, self.part.convention.chunk - 1), adaptive)
+        self._reach = Reach(
+            min(_size("most of the drafter", getattr(drafter, "most", None)), self.part.convention.chunk - 1), adaptive
+        )
         self._proposals = drafter.begin(session, sampling, session._seed)
         self._drafted = self._accepted = self._calls = 0
         self._verifier: Verifier | None = None
@@ -267,12 +275,16 @@ class Speculator:
     def draft(self, most: int) -> Sequence[int]:
         """At most `most` proposed ids; none where nothing speaks for any. InputError for ids that are none."""
         count = min(most, self._reach.tokens)
-        found = list(self._proposals.draft(self.session._tokens, count))[:count] if count > 0 else []
+        if count < 1:
+            return []
         limit = self.part.convention.vocabulary
-        wrong = [token for token in found if not 0 <= token < limit]
-        if wrong:
-            raise InputError(f"the drafter proposes {wrong[0]}, expected ids in [0, {limit:,})")
-        return found
+        given = given_list(
+            "the drafter's proposal", self._proposals.draft(self.session._tokens, count), "ids in a list"
+        )
+        for token in given[:count]:
+            if not is_integer(token) or not 0 <= token < limit:
+                raise InputError(f"the drafter proposes {token!r}, expected ids in [0, {limit:,})")
+        return [int(token) for token in given[:count]]
 
     def verify(self, draft: Sequence[int]) -> list[int]:
         """Run the last token and `draft`; the ids that follow it: those drafted that agree, and one more."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,35 @@ def token_id(place: int, value: Any, vocabulary: int, row: int | None = None) ->
 
 
 def stop_ids(constants: Mapping[str, Any]) -> frozenset[int]:
-    """Ids that end a text as the program says (constant methods `get_eos_ids`, `get_eos_id`); may be empty."""
+    """Ids that end a text as the program says (constant methods `get_eos_ids`, `get_eos_id`); may be empty.
+
+    Raises:
+        InputError: one is no integer.
+    """
     found: set[int] = set()
     for name in ("get_eos_ids", "get_eos_id"):
         value = constants.get(name, ())
-        found.update(int(item) for item in (value if isinstance(value, list | tuple) else (value,)))
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if not _whole(item):
+                raise InputError(f"{name} is {value!r}, expected integers")
+            found.add(int(item))
     return frozenset(found)
+
+
+def constant_size(constants: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    """The first of these constant methods that there is; None without one.
+
+    Raises:
+        InputError: it is no positive integer.
+    """
+    for name in names:
+        if name in constants:
+            if not _whole(constants[name]) or constants[name] < 1:
+                raise InputError(f"{name} is {constants[name]!r}, expected a positive integer")
+            return int(constants[name])
+    return None
+
+
+def _whole(value: object) -> bool:
+    """Whether it is an integer, or a float without a fraction, as which some programs keep them."""
+    return is_integer(value) or (isinstance(value, float | np.floating) and float(value).is_integer())

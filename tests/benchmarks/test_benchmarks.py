@@ -348,12 +348,17 @@ def test_decode_loop_of_a_batch(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert line["tokens_per_s"] == pytest.approx(line["shape"]["rows"] * line["steps_per_s"], rel=1e-3)
     assert all(0 < line["gpu_busy_by_stamps"] <= 1 for line in steps)
     assert (alone["benchmark"], alone["shape"]["steps"]) == ("decode_loop.texts", 16)
-    for more, message in (
-        (["--rows", "5"], "5 rows of a batch of 4"),
-        (["--past", "20"], "no room for 8 steps at position 20"),
-        (["--steps", "7"], "7 steps of rows that decode 8 steps a submit"),
-    ):
-        assert decode_loop.main([*options, *more, *COMMON]) == 1
+    for wrong, message in [
+        ([*options[:-1], "5"], "5 rows of a batch of 4"),
+        ([*options, "--past", "20"], "no room for 8 steps at position 20"),
+        ([*options, "--steps", "7"], "7 steps of rows that decode 8 steps a submit"),
+        (["--pte", str(one), "--batched", str(one)], "none of the program's methods take three inputs"),
+        (["--pte", str(one), "--batched", __file__], "wrong file identifier"),
+        (["--pte", str(one), "--batched", "none.pte"], "No such file or directory: 'none.pte'"),
+        (["--pte", str(several)], "it takes batches of 4 rows"),
+        (["--pte", "none.pte"], "No such file or directory: 'none.pte'"),
+    ]:
+        assert decode_loop.main([*wrong, *COMMON]) == 1
         assert message in capsys.readouterr().err
 
 

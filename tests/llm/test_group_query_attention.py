@@ -146,6 +146,15 @@ def test_D1_D3_D4_lengths_outside_their_range(name: str) -> None:
     assert torch.equal(given["key_cache"], before["key_cache"])
 
 
+def test_one_tensor_for_both_caches_is_refused() -> None:
+    given = arguments(Case((3, 4), (1, 1)))
+    given["value_cache"] = given["key_cache"]
+    before = given["key_cache"].clone()
+    with pytest.raises(ValueError, match="key_cache and value_cache are one tensor; they must be apart"):
+        call(given)
+    assert torch.equal(given["key_cache"], before)
+
+
 def test_D2_G7_lengths_at_both_ends() -> None:
     check(Case((15, 16, 0), (1, 0, 1), rot=8))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,6 +106,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], type[Exception], s
     "capacity": ("llama", {}, {"capacity": 129}, ValueError, "capacity 129 is above the model's 128 positions"),
     "logits": ("llama", {}, {"logits": "first"}, ValueError, "logits is 'first'; it must be 'last' or 'all'"),
     "batch": ("llama", {}, {"batch": 0}, ValueError, "batch is 0"),
+    "half a batch row": ("llama", {}, {"batch": 1.5}, ValueError, "batch is 1.5; it must be a positive integer"),
+    "a bool": ("llama", {}, {"batch": True}, ValueError, "batch is True"),
+    "capacity as a float": ("llama", {}, {"capacity": 64.0}, ValueError, "capacity is 64.0; it must be a positive"),
+    "no capacity": ("llama", {}, {"capacity": None}, ValueError, "capacity is None"),
+    "a cache of long integers": (
+        "llama",
+        {},
+        {"cache_dtype": torch.int64},
+        ValueError,
+        "cache_dtype is torch.int64; it",
+    ),
+    "a dtype as text": ("llama", {}, {"cache_dtype": "int8"}, ValueError, "cache_dtype is 'int8'; it must be one of"),
 }
 
 
@@ -113,6 +126,42 @@ def test_refusals(name: str) -> None:
     family, changes, arguments, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
         make_ragged(tiny(family, **changes), **{"batch": 2, "capacity": 64, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch": 1.5}, "batch is 1.5"),
+        ({"max_tokens": 2.5}, r"max_tokens is 2.5; it must be an integer in \[1, 64\]"),
+        ({"max_tokens": True}, "max_tokens is True"),
+        ({"max_tokens": 65}, r"max_tokens is 65, outside \[1, 64\]"),
+        ({"constant_methods": 5}, "constant_methods is 5; it must be a dict"),
+        ({"constant_methods": {1: 2}}, "constant_methods is {1: 2}"),
+        ({"partitioner": "webgpu"}, "partitioner is 'webgpu'; it must be a WebGPUPartitioner"),
+        ({"model": None}, "expected a causal language model of transformers, got NoneType"),
+        ({"model": torch.nn.Linear(1, 1)}, "expected a causal language model of transformers, got Linear"),
+    ],
+)
+def test_arguments_of_the_export(wrong: dict[str, Any], message: str) -> None:
+    given = {"model": tiny("llama"), "batch": 2, "capacity": 64, **wrong}
+    with pytest.raises(ValueError, match=message):
+        export_ragged(**given)
+
+
+@torch.no_grad()
+def test_softcaps_of_models_with_the_default_attention() -> None:
+    """transformers' "sdpa" leaves out what the configuration asks for; the rewritten model does not."""
+    changes = {"attn_logit_softcapping": 0.5}
+    want = make_ragged(tiny("gemma2", **changes), np.int64(2), np.int32(32))
+    model = tiny("gemma2", **changes)
+    model.set_attn_implementation("sdpa")
+    alone = model(input_ids=torch.tensor([PROMPTS[1]]), use_cache=False).logits[0, -1]
+    decoder = make_ragged(model, 2, 32)
+    assert model.config._attn_implementation == "sdpa"
+    inputs = padded([PROMPTS[1], PROMPTS[1]], 4), int32([0, 0]), int32([3, 3])
+    got = decoder(*inputs)
+    torch.testing.assert_close(got, want(*inputs))
+    assert not torch.allclose(got[0], alone, atol=2e-4, rtol=2e-3), "the softcap must matter here"
 
 
 def test_long_rope_within_its_first_range() -> None:

@@ -86,3 +86,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         torch.ops.executorch_webgpu.last_rows.default, (torch.randn(2, 3, 4), torch.tensor([1, 3], dtype=torch.int32))
     )
+
+
+def test_a_call_without_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"x is f32\[2, 0, 4\]; it must have at least one row"):
+        last_rows(torch.zeros(2, 0, 4), torch.zeros(2).int())

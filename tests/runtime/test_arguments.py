@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 import torch
 from torch.export import Dim, export
 
-from executorch_webgpu.backend.graph import Sym
+from executorch_webgpu.backend.graph import Sym, Value
 from executorch_webgpu.partitioner import WebGPUPartitioner
 from executorch_webgpu.runtime import (
     BatchGenerator,
     Device,
+    DeviceError,
     DraftModel,
     Generator,
     InputError,
@@ -27,7 +29,7 @@ from executorch_webgpu.runtime import (
 from executorch_webgpu.runtime.plan import MAX_KEPT
 from tests.harness import device
 from tests.runtime.sessions import PROMPT, golden, load
-from tests.tiny_decoder import build
+from tests.tiny_decoder import CAPACITY, build
 
 BAD: list[tuple[Callable[[Generator], Any], str]] = [
     (lambda g: g.generate(PROMPT, 2.5), "max_new_tokens is 2.5, expected an integer of at least 0"),  # type: ignore[arg-type]
@@ -50,6 +52,32 @@ BAD: list[tuple[Callable[[Generator], Any], str]] = [
     (lambda g: DraftModel(g, most=0), "most is 0"),
     (lambda g: DraftModel("draft.pte"), "a draft model of 'draft.pte', expected a Generator"),  # type: ignore[arg-type]
     (lambda g: g.restore(None), "expected a snapshot, got None"),  # type: ignore[arg-type]
+    (lambda g: g.generate(PROMPT, 3, on_token=5), "on_token is 5, expected a function"),  # type: ignore[arg-type]
+    (lambda g: g.save(None), "path is None, expected the name of a file"),  # type: ignore[arg-type]
+    (lambda g: g.save(b"name"), "path is b'name'"),  # type: ignore[arg-type]
+    (lambda g: g.load(5), "path is 5, expected the name of a file"),  # type: ignore[arg-type]
+]
+SOURCES: list[tuple[Callable[[Generator], Any], str]] = [
+    (lambda g: Generator(None), "expected a program or a method, got None: load it with"),  # type: ignore[arg-type]
+    (lambda g: Generator(g), "expected a program or a method, got <"),  # type: ignore[arg-type]
+    (lambda g: BatchGenerator(5), "expected a program or a method, got 5"),  # type: ignore[arg-type]
+    (lambda g: Generator(load("hugging_face"), 5), "constants is 5, expected a program, or a dict"),  # type: ignore[arg-type]
+    (lambda g: BatchGenerator(load("ragged"), [1]), r"constants is \[1\]"),  # type: ignore[arg-type]
+    (
+        lambda g: Generator(load("hugging_face"), {"get_max_seq_len": "a"}),
+        "get_max_seq_len is 'a', expected a positive",
+    ),
+    (lambda g: Generator(load("hugging_face"), {"get_max_seq_len": 2.5}), "get_max_seq_len is 2.5"),
+    (lambda g: Generator(load("hugging_face"), {"get_max_seq_len": 0}), "get_max_seq_len is 0"),
+    (lambda g: BatchGenerator(load("ragged"), {"get_max_context_len": -1}), "get_max_context_len is -1"),
+    (lambda g: BatchGenerator(load("ragged"), {"get_eos_ids": "ab"}), "get_eos_ids is 'ab', expected integers"),
+    (lambda g: Generator(load("hugging_face"), {"get_eos_id": 1.5}), "get_eos_id is 1.5, expected integers"),
+    (lambda g: Generator(load("hugging_face"), state=5), "state is 5, expected that of a method"),  # type: ignore[arg-type]
+    (lambda g: load("hugging_face").load_method("forward", g), "state is <"),  # type: ignore[arg-type]
+    (lambda g: g.method.on_state(5), "state is 5"),  # type: ignore[arg-type]
+    (lambda g: Generator(load("llama on default-limits"), state=g.state), "the state is on another device"),
+    (lambda g: Generator(load("hugging_face"), prefill=[1]), r"prefill is \[1\], expected the name of a method"),  # type: ignore[arg-type]
+    (lambda g: Generator(g.method, prefill=5), "prefill is 5, expected a method"),  # type: ignore[arg-type]
 ]
 BAD_ROWS: list[tuple[Callable[[BatchGenerator], Any], str]] = [
     (lambda b: b.append_tokens(1.0, [1]), "row is 1.0, expected the number of a row, or a list"),  # type: ignore[call-overload]
@@ -58,7 +86,28 @@ BAD_ROWS: list[tuple[Callable[[BatchGenerator], Any], str]] = [
     (lambda b: b.rewind_to("0", 0), "row is '0'"),  # type: ignore[call-overload]
     (lambda b: b.generate_next(0.0), "row is 0.0, expected the number of a row, or several"),  # type: ignore[call-overload]
     (lambda b: b.generate_next(False), "row is False"),
+    (lambda b: b.generate_next([[0]]), r"there is no row \[0\]"),  # type: ignore[list-item]
+    (lambda b: b.cancel(None), "expected a request, as join returns it, got None"),  # type: ignore[arg-type]
+    (lambda b: b.cancel(Request([1])), "is not one of this batch's"),
+    (lambda b: b.run(None), "requests is None, expected requests or prompts in a list"),  # type: ignore[arg-type]
+    (lambda b: b.run([[1]], on_token=5), "on_token is 5, expected a function"),  # type: ignore[arg-type]
+    (lambda b: b.join(Request([1]), 5), "has its settings already: give them where it is made"),
+    (lambda b: b.save_row(0, None), "path is None, expected the name of a file"),  # type: ignore[arg-type]
+    (lambda b: b.load_row(1, 5), "path is 5, expected the name of a file"),  # type: ignore[arg-type]
 ]
+
+
+class Proposer:
+    """A drafter that always proposes the same."""
+
+    def __init__(self, proposal: Any, most: Any = 4) -> None:
+        self.proposal, self.most = proposal, most
+
+    def begin(self, *_: object) -> Proposer:
+        return self
+
+    def draft(self, *_: object) -> Any:
+        return self.proposal
 
 
 @pytest.mark.parametrize("steps", [None, 0], ids=["ahead", "host"])
@@ -72,6 +121,147 @@ def test_wrong_arguments_leave_a_generator_as_it_was(steps: int | None) -> None:
         assert generator.generate((), 5, ()).tokens == golden("llama", tuple(PROMPT), 5)
 
 
+def test_wrong_programs_states_and_constants_are_refused_where_they_are_given() -> None:
+    with Generator(load("llama")) as generator:
+        generator.append_tokens(PROMPT)
+        held = generator.state.buffers()
+        for call, message in SOURCES:
+            with pytest.raises(InputError, match=message):
+                call(generator)
+        assert generator.state.buffers() == held
+        assert generator.generate((), 5, ()).tokens == golden("llama", tuple(PROMPT), 5)
+    method = load("llama").load_method()
+    method.close()
+    for make in (lambda: Generator(method), lambda: BatchGenerator(method)):
+        with pytest.raises(InputError, match="method forward was closed: load it again"):
+            make()
+
+
+def test_a_state_that_does_not_fit_stays_as_it_was() -> None:
+    with Generator(load("llama")) as generator, BatchGenerator(load("ragged")) as batch:
+        generator.append_tokens(PROMPT)
+        held = generator.state.buffers()
+        with pytest.raises(DeviceError, match=r"k_cache is f32\[1.*it needs a state of its own"):
+            batch.method.on_state(generator.state)
+        last = list(held)[-1]  # the others are made before this one is found to differ
+        state = load("llama").new_state()
+        state.get(Value("mutable", "f32", (3,), last), lambda key: b"")
+        with pytest.raises(DeviceError, match=f"{last} is f32"):
+            load("llama").load_method("forward", state)
+        assert list(state.buffers()) == [last]
+        state.close()
+        assert generator.state.buffers() == held
+        assert generator.generate((), 5, ()).tokens == golden("llama", tuple(PROMPT), 5)
+
+
+@pytest.mark.parametrize("steps", [None, 0], ids=["ahead", "host"])
+@pytest.mark.parametrize("proposal", [[1.0], [True], ["a"], [None], None, 5, "ab"])
+def test_a_drafter_that_proposes_no_ids_is_told_so(proposal: Any, steps: int | None) -> None:
+    with Generator(load("hugging_face"), steps_per_submit=steps) as generator:
+        with pytest.raises(InputError, match=r"the drafter('s proposal is| proposes) "):
+            generator.generate(PROMPT, 5, (), speculate=Proposer(proposal))
+        assert generator.tokens == (*PROMPT, *golden("hugging_face", tuple(PROMPT), 1))
+        assert generator.generate((), 4, ()).tokens == golden("hugging_face", tuple(PROMPT), 5)[1:]
+
+
+@pytest.mark.parametrize("most", [None, 0, -1, 2.5, True, "4"])
+def test_a_drafter_that_does_not_say_how_many(most: Any) -> None:
+    with Generator(load("hugging_face")) as generator:
+        with pytest.raises(InputError, match=f"most of the drafter is {most!r}, expected an integer of at least 1"):
+            generator.generate(PROMPT, 3, speculate=Proposer([], most))
+        assert generator.tokens == ()
+
+
+def test_a_draft_model_that_was_closed_is_found_before_anything_runs() -> None:
+    draft = Generator(load("llama"))
+    drafter = DraftModel(draft)
+    draft.close()
+    with pytest.raises(InputError, match="the draft model was closed"):
+        DraftModel(draft)
+    with Generator(load("hugging_face")) as generator:
+        before = generator.method.device.counters.copy()
+        with pytest.raises(InputError, match="the draft model was closed"):
+            generator.stream(PROMPT, 3, speculate=drafter)
+        assert generator.tokens == ()
+        assert generator.method.device.counters.since(before).submits == 0
+
+
+def test_files_are_written_where_there_is_a_folder(tmp_path: Path) -> None:
+    with Generator(load("llama")) as generator, BatchGenerator(load("ragged")) as batch:
+        generator.append_tokens(PROMPT)
+        batch.append_tokens(0, PROMPT)
+        for save in (generator.save, lambda path: batch.save_row(0, path)):
+            with pytest.raises(FileNotFoundError, match=r"there is no such folder.*nowhere'"):
+                save(tmp_path / "nowhere" / "file")
+            with pytest.raises(IsADirectoryError, match="expected the name of a file"):
+                save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_request_is_cancelled_where_it_joined() -> None:
+    with BatchGenerator(load("ragged")) as one, BatchGenerator(load("ragged_one")) as other:
+        requests = [one.join([1, place], 3, ()) for place in range(5)]
+        one.step()
+        for request in requests:
+            with pytest.raises(InputError, match="is not one of this batch's"):
+                other.cancel(request)
+        list(one.events())
+        for request in requests:
+            one.cancel(request)
+            other.cancel(request)
+            assert (len(request.tokens), request.stop_reason) == (3, "max_new_tokens")
+
+
+def test_requests_do_not_wait_for_rows_that_nobody_frees() -> None:
+    with BatchGenerator(load("ragged")) as batch:
+        batch.append_tokens([[place + 1] for place in range(batch.rows)])
+        request = Request([5, 6], 3, ())
+        with pytest.raises(InputError, match="1 requests wait for a row, and all 4 hold sequences: reset one"):
+            batch.run([request])
+        assert (batch.requests, request.done) == ((), False)
+        batch.join(request)
+        with pytest.raises(InputError, match="1 requests wait for a row"):
+            list(batch.events())
+        assert batch.step() == []
+        batch.reset(2)
+        assert len(list(batch.events())) == 3
+        assert [batch.tokens(row) for row in range(batch.rows)] == [(1,), (2,), (), (4,)]
+
+
+@pytest.mark.parametrize("steps", [None, 0], ids=["ahead", "host"])
+def test_a_sequence_that_is_reset_while_it_is_generated(steps: int | None) -> None:
+    with Generator(load("llama"), steps_per_submit=steps) as generator:
+        with pytest.raises(InputError, match="there is nothing to continue: the sequence was reset"):
+            generator.generate(PROMPT, 6, (), on_token=lambda token: generator.reset())
+        assert generator.generate(PROMPT, 5, ()).tokens == golden("llama", tuple(PROMPT), 5)
+
+
+@pytest.mark.parametrize("speculate", [None, NGram(adaptive=False)], ids=["plain", "drafts"])
+@pytest.mark.parametrize("steps", [None, 0, 4], ids=["ahead", "host", "four"])
+def test_two_streams_of_one_sequence_take_turns(steps: int | None, speculate: Any) -> None:
+    with Generator(load("hugging_face"), steps_per_submit=steps) as generator:
+        generator.append_tokens(PROMPT)
+        streams = [generator.stream((), None, (), speculate=speculate) for _ in range(3)]
+        found = []
+        for place in range(9):
+            found += [next(streams[place % 2]), next(streams[place % 2])]
+            if place == 4:
+                streams[2].close()
+        streams[0].close()  # drops nothing of the other's
+        found += list(streams[1])
+        assert tuple(found) == golden("hugging_face", tuple(PROMPT), CAPACITY - len(PROMPT))
+        assert generator.tokens == (*PROMPT, *found)
+
+
+def test_a_batch_of_a_program_that_was_closed_takes_no_requests() -> None:
+    program = Runtime(device("full")).load_program(build("ragged").pte)
+    with BatchGenerator(program) as batch:
+        program.close()
+        with pytest.raises(InputError, match="method forward was closed: load it again"):
+            batch.join([1, 2])
+        assert batch.requests == ()
+
+
 def test_wrong_rows_leave_a_batch_as_it_was() -> None:
     with BatchGenerator(load("ragged")) as batch:
         batch.append_tokens(0, PROMPT)
@@ -79,6 +269,7 @@ def test_wrong_rows_leave_a_batch_as_it_was() -> None:
             with pytest.raises(InputError, match=message):
                 call(batch)
             assert [batch.tokens(row) for row in range(batch.rows)] == [tuple(PROMPT), *[()] * (batch.rows - 1)]
+            assert batch.requests == ()
         chosen = batch.generate_next(0)
     with BatchGenerator(load("ragged"), steps_per_submit=0) as other:
         other.append_tokens(0, PROMPT)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 
 from executorch_webgpu.runtime import BatchGenerator, InputError, Request, Sampling
+from executorch_webgpu.runtime.batch_loop import BatchLoop
 from executorch_webgpu.runtime.sampling import GREEDY
 from tests.harness import device
 from tests.runtime.sessions import golden, load
@@ -230,6 +232,39 @@ def test_E6_two_batches_take_turns(kind: str) -> None:
         assert request.tokens == solo(prompt, min(12, CAPACITY - len(prompt)))
     other.close()
     twin.close()
+
+
+@pytest.mark.parametrize("others", ["row", "request"])
+def test_K3_another_thread_comes_before_or_after_a_step(others: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between writing a step's inputs and its submit, another batch of the program tries to run one of its own."""
+    program, found = load("ragged"), []
+    with BatchGenerator(program) as one, BatchGenerator(program) as other:
+        one.append_tokens(0, [5, 6, 7])
+        other.append_tokens(1, [9, 8])
+        submit, threads = BatchLoop.submit, []
+
+        def interrupted(loop: BatchLoop, steps: int) -> None:
+            if loop is one._loop and not any(thread.is_alive() for thread in threads):
+                threads.append(threading.Thread(target=lambda: found.append(other.generate_next(1))))
+                threads[-1].start()
+                threads[-1].join(0.2)  # it waits for this thread's submit
+            submit(loop, steps)
+
+        monkeypatch.setattr(BatchLoop, "submit", interrupted)
+        if others == "row":
+            got = [one.generate_next(0) for _ in range(3)]
+        else:
+            request = one.join((), 3, (), row=0)
+            one.join(range(CAPACITY - 9), 1, ())  # its prompt runs in calls with the other's first tokens
+            while not request.done:
+                one.step()
+            got = request.tokens
+        for thread in threads:
+            thread.join()
+        monkeypatch.undo()
+        assert got == solo([5, 6, 7], 3)
+        assert found == solo([9, 8], len(threads))
+        assert threads
 
 
 def test_E7_memory_stays_flat() -> None:
