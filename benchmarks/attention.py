@@ -17,8 +17,8 @@ from dataclasses import replace
 from itertools import product as combinations
 
 from executorch_webgpu.backend.graph import Arg
-from executorch_webgpu.runtime.device import Device
 from executorch_webgpu.runtime.errors import WebGPUDelegateError
+from executorch_webgpu.runtime.gpu.device import Device
 
 from .baseline import measure
 from .graphs import AttentionShape, attention_layers, encode, splits_of

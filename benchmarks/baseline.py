@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from executorch_webgpu.runtime.device import Device
+from executorch_webgpu.runtime.gpu.device import Device
 
 from .graphs import encode as encode_plan
 from .graphs import product

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from executorch_webgpu.runtime.batch import BatchGenerator
-from executorch_webgpu.runtime.batch_loop import BatchLoop, Choice, Piece
-from executorch_webgpu.runtime.batch_rows import Request
-from executorch_webgpu.runtime.decoder import find_ragged
-from executorch_webgpu.runtime.device import Device
+from executorch_webgpu.runtime.batches.generator import BatchGenerator
+from executorch_webgpu.runtime.batches.loop import BatchLoop, Choice, Piece
+from executorch_webgpu.runtime.batches.rows import Request
+from executorch_webgpu.runtime.decoding.decoder import find_ragged
+from executorch_webgpu.runtime.decoding.resident import DEPTH, find_whole
+from executorch_webgpu.runtime.decoding.sampling import GREEDY
 from executorch_webgpu.runtime.errors import InputError, UnsupportedError
-from executorch_webgpu.runtime.program import Program, Runtime
-from executorch_webgpu.runtime.resident import DEPTH, find_whole
-from executorch_webgpu.runtime.sampling import GREEDY
+from executorch_webgpu.runtime.gpu.device import Device
+from executorch_webgpu.runtime.methods.program import Program, Runtime
 
 from .report import Report
 from .timing import Stamps, Times

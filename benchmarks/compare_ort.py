@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from executorch_webgpu.runtime.device import Device
+from executorch_webgpu.runtime.gpu.device import Device
 
 from . import attention
 from .baseline import measure

@@ -16,8 +16,8 @@ import flatbuffers
 import numpy as np
 
 from executorch_webgpu.backend.serialize import deserialize
-from executorch_webgpu.runtime.pte import Program as ProgramFile
-from executorch_webgpu.runtime.upload import stored_bytes
+from executorch_webgpu.runtime.files.pte import Program as ProgramFile
+from executorch_webgpu.runtime.gpu.upload import stored_bytes
 
 ALIGNMENT = 4096
 PIECE = 32 << 20

@@ -20,14 +20,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from executorch_webgpu.backend.graph import ITEM_SIZE, Graph, product
-from executorch_webgpu.runtime.decoder import Convention, find_convention
-from executorch_webgpu.runtime.delegate import Delegate
-from executorch_webgpu.runtime.device import Device
+from executorch_webgpu.runtime.decoding.decoder import Convention, find_convention
+from executorch_webgpu.runtime.decoding.resident import DEPTH, Resident, Whole, find_whole
+from executorch_webgpu.runtime.decoding.sampling import GREEDY
 from executorch_webgpu.runtime.errors import InputError, UnsupportedError
-from executorch_webgpu.runtime.program import Runtime
-from executorch_webgpu.runtime.replay import Replay
-from executorch_webgpu.runtime.resident import DEPTH, Resident, Whole, find_whole
-from executorch_webgpu.runtime.sampling import GREEDY
+from executorch_webgpu.runtime.gpu.device import Device
+from executorch_webgpu.runtime.methods.delegate import Delegate
+from executorch_webgpu.runtime.methods.program import Runtime
+from executorch_webgpu.runtime.methods.replay import Replay
 
 from .baseline import measure
 from .batches import batches, open_batched

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import wgpu
 
-from executorch_webgpu.runtime.device import Device
+from executorch_webgpu.runtime.gpu.device import Device
 
 from .baseline import measure
 from .graphs import DecoderSizes, decoder, encode

@@ -21,8 +21,8 @@ import numpy as np
 
 from executorch_webgpu.backend.graph import Arg, Ref
 from executorch_webgpu.ops.packed import Format
-from executorch_webgpu.runtime.device import Device
 from executorch_webgpu.runtime.errors import UnsupportedError, WebGPUDelegateError
+from executorch_webgpu.runtime.gpu.device import Device
 
 from .baseline import measure
 from .graphs import BITS, Builder, Loaded, encode, quantized, splits_of

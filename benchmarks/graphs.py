@@ -22,14 +22,14 @@ from executorch_webgpu.backend.passes.storage import assign_storage
 from executorch_webgpu.ops import activations
 from executorch_webgpu.ops.base import Dispatch, check_node
 from executorch_webgpu.ops.packed import Format
-from executorch_webgpu.runtime import native
-from executorch_webgpu.runtime.buffers import State
-from executorch_webgpu.runtime.delegate import Delegate
-from executorch_webgpu.runtime.device import Device
 from executorch_webgpu.runtime.errors import MissingDataError, UnsupportedError
-from executorch_webgpu.runtime.plan import Plan
-from executorch_webgpu.runtime.random_weights import RandomWeights
-from executorch_webgpu.runtime.upload import static_numel
+from executorch_webgpu.runtime.gpu import native
+from executorch_webgpu.runtime.gpu.buffers import State
+from executorch_webgpu.runtime.gpu.device import Device
+from executorch_webgpu.runtime.gpu.plan import Plan
+from executorch_webgpu.runtime.gpu.random_weights import RandomWeights
+from executorch_webgpu.runtime.gpu.upload import static_numel
+from executorch_webgpu.runtime.methods.delegate import Delegate
 
 from .kernels import RandomFill
 

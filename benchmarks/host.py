@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from executorch_webgpu.runtime import native
+from executorch_webgpu.runtime.gpu import native
 
 
 @dataclass

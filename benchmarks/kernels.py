@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from executorch_webgpu.runtime import native
-from executorch_webgpu.runtime.device import Device
-from executorch_webgpu.runtime.random_weights import RandomFill
+from executorch_webgpu.runtime.gpu import native
+from executorch_webgpu.runtime.gpu.device import Device
+from executorch_webgpu.runtime.gpu.random_weights import RandomFill
 
 __all__ = ["WORKGROUP", "LocalKernel", "RandomFill", "fold_grid"]
 

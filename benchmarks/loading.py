@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from executorch_webgpu.backend.graph import ITEM_SIZE, Value
-from executorch_webgpu.runtime.buffers import Weights
-from executorch_webgpu.runtime.device import Device
-from executorch_webgpu.runtime.program import Runtime
+from executorch_webgpu.runtime.gpu.buffers import Weights
+from executorch_webgpu.runtime.gpu.device import Device
+from executorch_webgpu.runtime.methods.program import Runtime
 
 from . import data_file
 from .options import add_common, command, count

@@ -19,8 +19,8 @@ from typing import Any
 
 from executorch_webgpu.backend.graph import Arg, Node, Ref, Value
 from executorch_webgpu.ops.packed import Format
-from executorch_webgpu.runtime.device import Device
 from executorch_webgpu.runtime.errors import WebGPUDelegateError
+from executorch_webgpu.runtime.gpu.device import Device
 
 from .baseline import measure
 from .graphs import BITS, Builder, Loaded, encode

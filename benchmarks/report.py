@@ -14,7 +14,7 @@ import numpy as np
 import tomllib
 import wgpu
 
-from executorch_webgpu.runtime.device import Device
+from executorch_webgpu.runtime.gpu.device import Device
 
 from .timing import Times
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from executorch_webgpu.runtime import Generator, NGram, Program, Runtime, UnsupportedError
-from executorch_webgpu.runtime.speculative import find_part
+from executorch_webgpu.runtime.decoding.speculative import find_part
 
 from .options import command, count, naturals
 

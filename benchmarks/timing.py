@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import wgpu
 
-from executorch_webgpu.runtime import native
-from executorch_webgpu.runtime.device import Device
 from executorch_webgpu.runtime.errors import DeviceError
+from executorch_webgpu.runtime.gpu import native
+from executorch_webgpu.runtime.gpu.device import Device
 
 Encode = Callable[[Any], None]
 """Encodes one run of the timed work into a compute pass."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from executorch_webgpu.backend.graph import Arg
-from executorch_webgpu.runtime.device import Device
+from executorch_webgpu.runtime.gpu.device import Device
 
 from .graphs import AttentionShape, attention_layers
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.delegate import KernelTime
-from ..runtime.device import Device
 from ..runtime.errors import DeviceError, InputError
+from ..runtime.gpu.device import Device
+from ..runtime.methods.delegate import KernelTime
 from .costs import KernelCost
 from .decoders import Decoder, Profile, seconds
 from .peers import PeerResult, package_version

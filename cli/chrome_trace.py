@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime.delegate import KernelTime
+from ..runtime.methods.delegate import KernelTime
 
 _PROCESS = 1
 

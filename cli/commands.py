@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import click
 
-from ..runtime.device import INSTALL_HINT
 from ..runtime.errors import DeviceError, InputError, WebGPUDelegateError
+from ..runtime.gpu.device import INSTALL_HINT
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _DEBUG = "executorch_webgpu.debug"
@@ -131,7 +131,7 @@ def run(
 ) -> None:
     """Continue a text with a language model. The new text goes to standard output, all else to standard error."""
     from ..runtime import Device, Generator, Runtime, Sampling, Tokenizer
-    from ..runtime.generate import generate_text
+    from ..runtime.decoding.generate import generate_text
     from .drafters import drafter
     from .progress import loading
     from .stats import report
@@ -285,7 +285,7 @@ def bench(
 @_debug
 def devices() -> None:
     """List the adapters that programs can run on. Exits with 1 if there is none."""
-    from ..runtime.device import adapters, choose_adapter
+    from ..runtime.gpu.device import adapters, choose_adapter
     from .tables import console, device_table
 
     found = adapters()

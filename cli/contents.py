@@ -12,10 +12,10 @@ import numpy as np
 from ..backend.graph import ITEM_SIZE, Graph, Ref, Sym, Value, evaluate
 from ..backend.serialize import BACKEND_ID, BlobError, deserialize
 from ..runtime.errors import InputError, ProgramFormatError
-from ..runtime.integrity import verify_data
-from ..runtime.method import TensorInfo, describe
-from ..runtime.pte import DataFile, Delegate, DelegateCall, ExecutionPlan, KernelCall, Program
-from ..runtime.pte_records import EValue
+from ..runtime.files.integrity import verify_data
+from ..runtime.files.pte import DataFile, Delegate, DelegateCall, ExecutionPlan, KernelCall, Program
+from ..runtime.files.pte_records import EValue
+from ..runtime.methods.method import TensorInfo, describe
 
 Record = dict[str, Any]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..backend.graph import Graph, Node, Ref, Sym, evaluate, refs
 from ..ops.base import Limits
-from ..runtime.delegate import KernelTime
+from ..runtime.methods.delegate import KernelTime
 
 _PRODUCTS = {
     "webgpu.project": "input",

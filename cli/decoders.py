@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..runtime.batch_loop import BatchLoop, Choice, Piece
-from ..runtime.decoder import Convention, Ragged, calls, find_convention, find_ragged
-from ..runtime.delegate import KernelTime
+from ..runtime.batches.loop import BatchLoop, Choice, Piece
+from ..runtime.decoding.decoder import Convention, Ragged, calls, find_convention, find_ragged
+from ..runtime.decoding.resident import DEPTH, UNCHOSEN, Batch, Resident, find_whole
+from ..runtime.decoding.sampling import GREEDY
 from ..runtime.errors import InputError, UnsupportedError, WebGPUDelegateError
-from ..runtime.host import to_host
-from ..runtime.method import Method
-from ..runtime.resident import DEPTH, UNCHOSEN, Batch, Resident, find_whole
-from ..runtime.sampling import GREEDY
+from ..runtime.gpu.host import to_host
+from ..runtime.methods.delegate import KernelTime
+from ..runtime.methods.method import Method
 from .costs import Cost, KernelCost, by_kernel, node_cost
 
 Array = np.ndarray[Any, Any]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..runtime import DraftModel, Generator, InputError, NGram, Runtime
-from ..runtime.speculative import Drafter
+from ..runtime.decoding.speculative import Drafter
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from ..runtime.upload import Progress as Callback
+from ..runtime.gpu.upload import Progress as Callback
 
 
 @contextmanager

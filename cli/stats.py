@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..runtime.delegate import KernelTime
+from ..runtime.decoding.generate import GenerationResult, Generator
 from ..runtime.errors import DeviceError, UnsupportedError
-from ..runtime.generate import GenerationResult, Generator
+from ..runtime.methods.delegate import KernelTime
 from .tables import console, size, table
 
 _REASONS = {

@@ -3,17 +3,18 @@
 Needs wgpu, numpy and flatbuffers; neither torch nor executorch.
 """
 
-from .batch import BatchGenerator, Request
-from .buffers import State
-from .device import Device
+from .batches.generator import BatchGenerator, Request
+from .decoding.drafters import DraftModel, NGram
+from .decoding.generator import GenerationResult, Generator
+from .decoding.sampling import Sampling
+from .decoding.snapshot import Snapshot
+from .decoding.speculative import Speculation
+from .decoding.tokenizer import Tokenizer
 from .errors import DeviceError, InputError, MissingDataError, ProgramFormatError, UnsupportedError, WebGPUDelegateError
-from .generator import GenerationResult, Generator
-from .method import Method, MethodMeta, TensorInfo
-from .program import Program, Runtime
-from .sampling import Sampling
-from .snapshot import Snapshot
-from .speculative import DraftModel, NGram, Speculation
-from .tokenizer import Tokenizer
+from .gpu.buffers import State
+from .gpu.device import Device
+from .methods.method import Method, MethodMeta, TensorInfo
+from .methods.program import Program, Runtime
 
 __all__ = [
     "BatchGenerator",

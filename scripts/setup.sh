@@ -19,7 +19,7 @@ find_python() {
 }
 
 adapter_found() {
-    .venv/bin/python -c 'import sys; from executorch_webgpu.runtime.device import adapters; sys.exit(not adapters())' >/dev/null 2>&1
+    .venv/bin/python -c 'import sys; from executorch_webgpu.runtime.gpu.device import adapters; sys.exit(not adapters())' >/dev/null 2>&1
 }
 
 setup_venv() {

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from executorch_webgpu.runtime.device import Device
-from executorch_webgpu.runtime.kernel import Kernel, KernelKey
+from executorch_webgpu.runtime.gpu.device import Device
+from executorch_webgpu.runtime.gpu.kernel import Kernel, KernelKey
 from tests.wgsl import variants
 
 _recorded: dict[str, variants.Variants] = {}

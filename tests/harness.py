@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from executorch_webgpu.backend.graph import Arg, Graph, Node, Ref, Value
-from executorch_webgpu.runtime.buffers import State, Weights
-from executorch_webgpu.runtime.delegate import Delegate
-from executorch_webgpu.runtime.device import Device
-from executorch_webgpu.runtime.host import to_host, to_user
+from executorch_webgpu.runtime.gpu.buffers import State, Weights
+from executorch_webgpu.runtime.gpu.device import Device
+from executorch_webgpu.runtime.gpu.host import to_host, to_user
+from executorch_webgpu.runtime.methods.delegate import Delegate
 
 DEVICES = ("full", "default-limits")
 """Test devices: all that the adapter offers; WebGPU's default limits without optional features."""

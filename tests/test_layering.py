@@ -20,7 +20,7 @@ ALLOWED = {
 }
 """Library -> the only files (or folders) that import it."""
 
-DYNAMIC = {"torch": (*ALLOWED["torch"], "runtime/outside.py", "runtime/host.py")}
+DYNAMIC = {"torch": (*ALLOWED["torch"], "runtime/methods/outside.py", "runtime/gpu/host.py")}
 """Library -> where it may be reached through importlib or sys.modules: used when the caller has it, never needed."""
 
 EXPORT_ONLY = ("backend.translate", "backend.symbols", "backend.preprocess", "partitioner", "llm")
@@ -86,6 +86,18 @@ def test_running_needs_no_export_code(module: str) -> None:
 def test_records_do_not_know_the_runtime(module: str) -> None:
     names = [name.removeprefix("executorch_webgpu.") for name in imports(module)]
     assert [name for name in names if name.partition(".")[0] in ("runtime", "cli", "llm")] == []
+
+
+LAYERS = ("files", "gpu", "methods", "decoding", "batches")
+"""Folders of the runtime, each of which imports only those before it."""
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("runtime/") and name.count("/") == 2])
+def test_layers_of_the_runtime(module: str) -> None:
+    folder = module.split("/")[1]
+    below = set(LAYERS[: LAYERS.index(folder) + 1]) - ({"files"} if folder == "gpu" else set())
+    used = {name.split(".")[1] for name in imports(module) if name.startswith("runtime.")}
+    assert used - below <= {"errors"}
 
 
 def test_relative_imports_inside_the_package() -> None:

@@ -1,4 +1,4 @@
-// First step of choosing a token (runtime/chooser.py): scores after the repetition penalty, as keys that order like them (choose_keys.wgsl),
+// First step of choosing a token (runtime/decoding/chooser.py): scores after the repetition penalty, as keys that order like them (choose_keys.wgsl),
 // and the largest key with its lowest id for each chunk of 1,024 tokens. A seen token's positive score is divided by the penalty, a
 // negative one multiplied.
 //

@@ -1,4 +1,4 @@
-// Last step of a random choice (runtime/chooser.py): the first id whose cumulative mass, in the order of ids, exceeds u * total, with u a
+// Last step of a random choice (runtime/decoding/chooser.py): the first id whose cumulative mass, in the order of ids, exceeds u * total, with u a
 // 32-bit random fraction from (seed, position, stream); then what follows from it (choose_outputs.wgsl). All in integers, so the sums of the
 // chunks and the walk through one chunk agree.
 //

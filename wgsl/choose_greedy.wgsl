@@ -1,4 +1,4 @@
-// Last step of a greedy choice (runtime/chooser.py): the largest key of all chunks (choose_argmax.wgsl), the lowest id among equals, and
+// Last step of a greedy choice (runtime/decoding/chooser.py): the largest key of all chunks (choose_argmax.wgsl), the lowest id among equals, and
 // what follows from it (choose_outputs.wgsl).
 //
 // Appended by the host: choose_keys.wgsl, choose_outputs.wgsl.

@@ -1,4 +1,4 @@
-// No kernel: 32-bit keys that order scores as floats do, appended to the kernels that choose a token (see runtime/chooser.py).
+// No kernel: 32-bit keys that order scores as floats do, appended to the kernels that choose a token (see runtime/decoding/chooser.py).
 // Both zeros have one key; NaN is the largest, so that the maximum of the keys shows whether there is one; no score has key 0.
 
 const NAN_KEY: u32 = 0xffffffffu;

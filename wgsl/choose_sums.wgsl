@@ -1,4 +1,4 @@
-// The mass of the kept tokens of each chunk (see runtime/chooser.py). Finds the last digit of the search, if there was one, so that the kept
+// The mass of the kept tokens of each chunk (see runtime/decoding/chooser.py). Finds the last digit of the search, if there was one, so that the kept
 // tokens are known: keys above `key`, and the first `ties` ids with that key; of these, those at least min_p times as heavy as the
 // heaviest. A chunk's ties are counted apart, since which of them are kept depends on the chunks before.
 //

@@ -1,4 +1,4 @@
-// No kernel: weights of tokens and exact sums of them, appended to the kernels that draw a token (see runtime/chooser.py).
+// No kernel: weights of tokens and exact sums of them, appended to the kernels that draw a token (see runtime/decoding/chooser.py).
 //
 // The weight of a token is exp((score - largest score) / temperature), at most 1; its mass is the weight in units of 2^-40, a 64-bit integer
 // in two words (low, high). Sums of integers do not depend on their order: workgroups may add with atomics and the same seed still gives

@@ -1,4 +1,4 @@
-// No kernel: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), the same words as runtime/sampling.py
+// No kernel: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), the same words as runtime/decoding/sampling.py
 // `philox`. Counter-based: a number depends on the key (seed) and the counter (position, row) alone. WGSL has no 64-bit product, so the
 // high half of one is put together from 16-bit pieces.
 

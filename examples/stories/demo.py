@@ -23,7 +23,7 @@ from examples.stories.evaluate import MAX_ANSWER_TOKENS, Report, evaluate
 from examples.stories.llama import MODEL_DIR, load_settings
 from executorch_webgpu.cli.stats import by_kernel
 from executorch_webgpu.runtime import Device, DeviceError, Generator, Runtime, Sampling, Tokenizer
-from executorch_webgpu.runtime.tokenizer import TextStream
+from executorch_webgpu.runtime.decoding.tokenizer import TextStream
 
 ROOT = Path(__file__).resolve().parents[2]
 STORY_SEED = 20_000_001

@@ -18,7 +18,7 @@ from executorch_webgpu.backend.passes import fuse_projections, run_passes
 from executorch_webgpu.ops.base import check_node
 from executorch_webgpu.partitioner import WebGPUPartitioner
 from executorch_webgpu.runtime import Method, Runtime
-from executorch_webgpu.runtime.host import to_host
+from executorch_webgpu.runtime.gpu.host import to_host
 from tests.harness import DEVICES, GraphBuilder, device
 from tests.models import test_greedy
 from tests.ops.copy_cases import poison

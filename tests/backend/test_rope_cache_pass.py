@@ -19,7 +19,7 @@ from executorch_webgpu.backend.passes import fuse_rope_cache, run_passes
 from executorch_webgpu.ops.base import check_node
 from executorch_webgpu.partitioner import WebGPUPartitioner
 from executorch_webgpu.runtime import Method, Runtime
-from executorch_webgpu.runtime.delegate import Delegate
+from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests.harness import DEVICES, GraphBuilder, device
 from tests.ops.copy_cases import poison
 

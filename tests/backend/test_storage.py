@@ -7,8 +7,8 @@ import pytest
 
 from executorch_webgpu.backend.graph import Graph, Ref
 from executorch_webgpu.backend.passes import run_passes
-from executorch_webgpu.runtime.delegate import Delegate
-from executorch_webgpu.runtime.host import to_host
+from executorch_webgpu.runtime.gpu.host import to_host
+from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests.harness import GraphBuilder, device
 
 SHAPE = (1, 4, 1, 2)

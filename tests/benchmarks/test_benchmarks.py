@@ -14,8 +14,8 @@ import pytest
 from benchmarks import attention, baseline, compare_ort, decode_loop, dispatch, report, timing, verify
 from benchmarks.graphs import AttentionShape, DecoderSizes, Loaded, attention_layers, decoder
 from benchmarks.kernels import RandomFill
-from executorch_webgpu.runtime.device import Device
 from executorch_webgpu.runtime.errors import DeviceError, UnsupportedError
+from executorch_webgpu.runtime.gpu.device import Device
 from tests import tiny_decoder
 from tests.harness import device
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import data_file, loading
-from executorch_webgpu.runtime import Program, Runtime, pte
+from executorch_webgpu.runtime import Program, Runtime
+from executorch_webgpu.runtime.files import pte
 from tests import tiny_decoder
 from tests.harness import device
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import loading, report
-from executorch_webgpu.runtime import upload
-from executorch_webgpu.runtime.device import Device
+from executorch_webgpu.runtime.gpu import upload
+from executorch_webgpu.runtime.gpu.device import Device
 from tests.harness import device
 
 

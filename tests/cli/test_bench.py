@@ -21,9 +21,9 @@ from executorch_webgpu.cli.costs import Cost, by_kernel, node_cost
 from executorch_webgpu.cli.progress import loading
 from executorch_webgpu.ops.base import Limits
 from executorch_webgpu.runtime import Runtime
-from executorch_webgpu.runtime import device as runtime_device
-from executorch_webgpu.runtime.delegate import KernelTime
 from executorch_webgpu.runtime.errors import InputError
+from executorch_webgpu.runtime.gpu import device as runtime_device
+from executorch_webgpu.runtime.methods.delegate import KernelTime
 from tests import tiny_decoder
 from tests.harness import device
 from tests.tiny_decoder import CAPACITY, LONGEST, VOCAB
@@ -167,7 +167,7 @@ def test_without_timestamps(model: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_one_step_at_a_time(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """State that cannot go back is computed from its beginning for each run, and the host chooses the tokens."""
-    monkeypatch.setattr("executorch_webgpu.runtime.decoder._by_position", lambda method, capacity: False)
+    monkeypatch.setattr("executorch_webgpu.runtime.decoding.decoder._by_position", lambda method, capacity: False)
     ran: list[tuple[int, int]] = []
     run = decoders.Decoder.run
     monkeypatch.setattr(

@@ -16,10 +16,10 @@ from click.testing import CliRunner, Result
 from executorch_webgpu.cli import main as entry
 from executorch_webgpu.cli.commands import cli
 from executorch_webgpu.cli.stats import by_kernel
-from executorch_webgpu.runtime import device as runtime_device
-from executorch_webgpu.runtime.delegate import KernelTime
-from executorch_webgpu.runtime.ptd import DataFile
-from executorch_webgpu.runtime.pte import Program
+from executorch_webgpu.runtime.files.ptd import DataFile
+from executorch_webgpu.runtime.files.pte import Program
+from executorch_webgpu.runtime.gpu import device as runtime_device
+from executorch_webgpu.runtime.methods.delegate import KernelTime
 from tests import tiny_decoder
 
 PROMPT = "Hi!"

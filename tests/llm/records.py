@@ -12,7 +12,7 @@ from executorch_webgpu.backend.graph import Arg, Graph, Ref, Sym
 from executorch_webgpu.backend.passes import run_passes
 from executorch_webgpu.ops.base import check_node
 from executorch_webgpu.ops.group_query_attention import NAME, NUMBERS, TENSORS
-from executorch_webgpu.runtime.host import f32_to_bf16, to_host, to_user
+from executorch_webgpu.runtime.gpu.host import f32_to_bf16, to_host, to_user
 from tests.harness import GraphBuilder, device
 from tests.llm.cases import Array, Case
 from tests.ops.aten import SHORT

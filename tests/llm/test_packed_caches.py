@@ -13,8 +13,8 @@ import torch
 
 from executorch_webgpu.llm import quantized_cache
 from executorch_webgpu.llm.group_query_attention import OPERATOR
-from executorch_webgpu.runtime.host import to_host
-from executorch_webgpu.runtime.replay import Replay
+from executorch_webgpu.runtime.gpu.host import to_host
+from executorch_webgpu.runtime.methods.replay import Replay
 from tests.harness import DEVICES, device
 from tests.llm.cases import (
     FORMS,

@@ -12,7 +12,7 @@ from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (regis
 from executorch_webgpu.backend.graph import Sym, evaluate
 from executorch_webgpu.partitioner import WebGPUPartitioner
 from executorch_webgpu.runtime import Method, Runtime
-from executorch_webgpu.runtime.host import STORAGE
+from executorch_webgpu.runtime.gpu.host import STORAGE
 from tests.harness import device
 
 HQ, HKV, D, ROWS, MODEL = 32, 8, 64, 2048, 64

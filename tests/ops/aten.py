@@ -11,7 +11,7 @@ import torch
 
 from executorch_webgpu.backend.graph import Graph
 from executorch_webgpu.ops.base import check_node
-from executorch_webgpu.runtime.device import Device
+from executorch_webgpu.runtime.gpu.device import Device
 from tests.harness import GraphBuilder, run
 
 SHORT = {

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from executorch_webgpu.backend.graph import Arg, Dim, Graph, Ref, Sym
-from executorch_webgpu.runtime.delegate import Delegate
-from executorch_webgpu.runtime.host import bf16_to_f32, f32_to_bf16, to_host, to_user
+from executorch_webgpu.runtime.gpu.host import bf16_to_f32, f32_to_bf16, to_host, to_user
+from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests.harness import GraphBuilder, device
 
 Array = np.ndarray[Any, Any]

@@ -11,8 +11,8 @@ import torch
 
 from executorch_webgpu.backend.graph import Graph, Ref
 from executorch_webgpu.ops.base import check_node, viewed
-from executorch_webgpu.runtime.delegate import Delegate
-from executorch_webgpu.runtime.host import to_host, to_user
+from executorch_webgpu.runtime.gpu.host import to_host, to_user
+from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests.harness import GraphBuilder, device
 
 NAMES = {

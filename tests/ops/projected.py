@@ -11,7 +11,7 @@ import numpy as np
 
 from executorch_webgpu.backend.graph import Arg, Dim, Ref, Sym
 from executorch_webgpu.ops.base import check_node
-from executorch_webgpu.runtime.host import to_user
+from executorch_webgpu.runtime.gpu.host import to_user
 from tests.harness import GraphBuilder, device
 from tests.ops.copy_cases import poison
 from tests.ops.quantized import quantized

@@ -12,8 +12,8 @@ import numpy as np
 
 from executorch_webgpu.backend.graph import Arg, Dim, Graph, Ref, Sym
 from executorch_webgpu.ops.base import check_node
-from executorch_webgpu.runtime.host import f32_to_bf16, to_host, to_user
-from executorch_webgpu.runtime.plan import Launch
+from executorch_webgpu.runtime.gpu.host import f32_to_bf16, to_host, to_user
+from executorch_webgpu.runtime.gpu.plan import Launch
 from tests.harness import GraphBuilder, device
 from tests.ops.attention_reference import Case, assert_close
 from tests.ops.attention_reference import reference as attention_reference

@@ -12,8 +12,8 @@ from executorch_webgpu.ops.attention_common import Problem
 from executorch_webgpu.ops.attention_decode import choose_decode, decode_memory
 from executorch_webgpu.ops.attention_prefill import choose_prefill_rows, prefill_memory
 from executorch_webgpu.ops.base import Limits
-from executorch_webgpu.runtime.device import Device
 from executorch_webgpu.runtime.errors import DeviceError
+from executorch_webgpu.runtime.gpu.device import Device
 from tests.harness import DEVICES, device
 from tests.ops.attention_reference import Attention, Case, arrays, assert_close, attention, check, reference
 

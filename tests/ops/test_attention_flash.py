@@ -23,7 +23,7 @@ from executorch_webgpu.ops.attention_flash import (
     variants,
 )
 from executorch_webgpu.ops.base import Limits, check_node
-from executorch_webgpu.runtime.delegate import Delegate
+from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests.harness import DEVICES, device
 from tests.ops.attention_reference import Array, Attention, Case, arrays, assert_close, reference
 

@@ -7,9 +7,9 @@ import pytest
 
 from executorch_webgpu.backend.graph import Graph, Sym, SymbolRange
 from executorch_webgpu.backend.passes import run_passes
-from executorch_webgpu.runtime.delegate import Delegate
 from executorch_webgpu.runtime.errors import InputError
-from executorch_webgpu.runtime.host import to_host
+from executorch_webgpu.runtime.gpu.host import to_host
+from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests.harness import DEVICES, GraphBuilder, device
 
 ROWS = Sym("input_dim", (0, 1))

@@ -9,9 +9,9 @@ import pytest
 
 from executorch_webgpu.backend.graph import Arg, Ref, Sym
 from executorch_webgpu.ops.base import check_node
-from executorch_webgpu.runtime.delegate import Delegate
-from executorch_webgpu.runtime.host import to_host
-from executorch_webgpu.runtime.replay import Replay
+from executorch_webgpu.runtime.gpu.host import to_host
+from executorch_webgpu.runtime.methods.delegate import Delegate
+from executorch_webgpu.runtime.methods.replay import Replay
 from tests.harness import DEVICES, GraphBuilder, device
 from tests.ops.copy_cases import poison
 

@@ -17,9 +17,9 @@ from executorch_webgpu.ops.attention_decode import (
 )
 from executorch_webgpu.ops.base import Dispatch, Limits
 from executorch_webgpu.runtime import Sampling
-from executorch_webgpu.runtime.chooser import Advance, Chooser, Logits
-from executorch_webgpu.runtime.kernel import Kernel, KernelKey
-from executorch_webgpu.runtime.plan import NodeCache
+from executorch_webgpu.runtime.decoding.chooser import Advance, Chooser, Logits
+from executorch_webgpu.runtime.gpu.kernel import Kernel, KernelKey
+from executorch_webgpu.runtime.gpu.plan import NodeCache
 from tests.harness import GraphBuilder, device
 from tests.ops.attention_reference import Attention, Case, arrays, assert_close, attention, reference
 

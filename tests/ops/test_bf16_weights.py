@@ -12,7 +12,7 @@ from executorch_webgpu.backend.graph import Arg, Graph, Ref
 from executorch_webgpu.backend.packing import pack_bf16
 from executorch_webgpu.ops.base import check_node
 from executorch_webgpu.ops.packed import Format, format_of
-from executorch_webgpu.runtime.host import bf16_to_f32, f32_to_bf16, to_host, to_user
+from executorch_webgpu.runtime.gpu.host import bf16_to_f32, f32_to_bf16, to_host, to_user
 from tests.harness import DEVICES, GraphBuilder, device, run
 from tests.ops import projected
 from tests.ops.copy_cases import poison

@@ -12,7 +12,7 @@ from executorch_webgpu.backend.graph import Node, Ref, Sym
 from executorch_webgpu.ops import base
 from executorch_webgpu.ops.base import Dispatch, Lowering, Op, check_node, find
 from executorch_webgpu.runtime.errors import InputError
-from executorch_webgpu.runtime.host import to_host
+from executorch_webgpu.runtime.gpu.host import to_host
 from tests.harness import DEVICES, GraphBuilder, device, run
 from tests.ops.copy_cases import NAMES, execute, poison, ramp, same
 

@@ -9,7 +9,7 @@ import pytest
 
 from executorch_webgpu.backend.graph import Sym
 from executorch_webgpu.ops.base import check_node
-from executorch_webgpu.runtime.host import bf16_to_f32, f32_to_bf16
+from executorch_webgpu.runtime.gpu.host import bf16_to_f32, f32_to_bf16
 from tests.harness import DEVICES, GraphBuilder, device, run
 
 Array = np.ndarray[Any, Any]

@@ -14,8 +14,8 @@ from executorch_webgpu.backend.packing import QuantizationError, pack
 from executorch_webgpu.ops import gemv_stream
 from executorch_webgpu.ops.base import Dispatch, Limits, check_node
 from executorch_webgpu.ops.packed import Format, format_of
-from executorch_webgpu.runtime.delegate import Delegate
-from executorch_webgpu.runtime.host import bf16_to_f32, f32_to_bf16, to_host, to_user
+from executorch_webgpu.runtime.gpu.host import bf16_to_f32, f32_to_bf16, to_host, to_user
+from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests.harness import DEVICES, GraphBuilder, device, run
 from tests.ops.copy_cases import poison
 from tests.ops.quantized import Quantized, quantized

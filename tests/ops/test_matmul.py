@@ -11,7 +11,7 @@ import pytest
 from executorch_webgpu.backend.graph import Graph, Node, Ref, Sym, make_dim
 from executorch_webgpu.ops import matmul, product
 from executorch_webgpu.ops.base import Dispatch, Lower, Lowering, check_node, find, register
-from executorch_webgpu.runtime.host import bf16_to_f32, f32_to_bf16
+from executorch_webgpu.runtime.gpu.host import bf16_to_f32, f32_to_bf16
 from tests.harness import DEVICES, GraphBuilder, device, run
 
 Array = np.ndarray[Any, Any]

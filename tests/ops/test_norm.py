@@ -10,7 +10,7 @@ import pytest
 
 from executorch_webgpu.backend.graph import Ref, Sym
 from executorch_webgpu.ops.base import Lowering, check_node, find
-from executorch_webgpu.runtime.host import bf16_to_f32, f32_to_bf16
+from executorch_webgpu.runtime.gpu.host import bf16_to_f32, f32_to_bf16
 from tests.harness import DEVICES, GraphBuilder, device, run
 
 Array = np.ndarray[Any, Any]

@@ -12,8 +12,8 @@ import pytest
 from executorch_webgpu.backend.graph import Arg, Graph, Ref, Sym
 from executorch_webgpu.ops import gemv_stream
 from executorch_webgpu.ops.base import Limits, check_node
-from executorch_webgpu.runtime.delegate import Delegate
-from executorch_webgpu.runtime.host import bf16_to_f32, f32_to_bf16, to_host, to_user
+from executorch_webgpu.runtime.gpu.host import bf16_to_f32, f32_to_bf16, to_host, to_user
+from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests.harness import DEVICES, GraphBuilder, device
 from tests.ops.copy_cases import poison
 

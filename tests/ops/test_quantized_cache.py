@@ -17,7 +17,7 @@ from executorch_webgpu.ops.base import check_node
 from executorch_webgpu.ops.quantize_update import NAME as QUANTIZE_UPDATE
 from executorch_webgpu.ops.quantized_attention import ATTENTION, CHOOSE, PARTS, QUANTIZE
 from executorch_webgpu.runtime.errors import InputError
-from executorch_webgpu.runtime.host import to_host, to_user
+from executorch_webgpu.runtime.gpu.host import to_host, to_user
 from tests.harness import DEVICES, GraphBuilder, device
 from tests.ops.attention_reference import Case, assert_close, reference
 from tests.ops.test_quantized_attention import awkward_rows, quantized

@@ -10,7 +10,7 @@ import pytest
 
 from executorch_webgpu.backend.graph import Arg, Graph
 from executorch_webgpu.ops.base import check_node
-from executorch_webgpu.runtime.host import to_host, to_user
+from executorch_webgpu.runtime.gpu.host import to_host, to_user
 from tests.harness import DEVICES, GraphBuilder, device
 from tests.ops.copy_cases import poison
 from tests.ops.quantized import Quantized, quantized

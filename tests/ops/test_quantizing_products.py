@@ -14,9 +14,9 @@ from executorch_webgpu.backend.passes.large import split_large, with_parts
 from executorch_webgpu.ops import gemv_stream
 from executorch_webgpu.ops.base import Limits, check_node
 from executorch_webgpu.ops.packed import Format
-from executorch_webgpu.runtime.buffers import State, Weights
-from executorch_webgpu.runtime.delegate import Delegate
-from executorch_webgpu.runtime.host import to_host
+from executorch_webgpu.runtime.gpu.buffers import State, Weights
+from executorch_webgpu.runtime.gpu.host import to_host
+from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests.harness import DEVICES, GraphBuilder, device, run
 from tests.ops import projected
 from tests.ops.coded import read

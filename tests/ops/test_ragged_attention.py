@@ -12,8 +12,8 @@ import pytest
 
 from executorch_webgpu.backend.graph import Arg, Ref
 from executorch_webgpu.ops.base import Lowering, check_node, find
-from executorch_webgpu.runtime.host import f32_to_bf16, to_host, to_user
-from executorch_webgpu.runtime.kernel import KernelKey
+from executorch_webgpu.runtime.gpu.host import f32_to_bf16, to_host, to_user
+from executorch_webgpu.runtime.gpu.kernel import KernelKey
 from tests.harness import DEVICES, GraphBuilder, device
 from tests.ops.attention_reference import Array, Case, arrays, assert_close, attention, laid_out, reference
 from tests.ops.copy_cases import poison

@@ -14,8 +14,8 @@ from executorch_webgpu.backend.graph import Arg, Graph, Sym
 from executorch_webgpu.ops.base import Limits, Lowering, check_node, find
 from executorch_webgpu.ops.lengths import MAX_BATCH
 from executorch_webgpu.runtime.errors import InputError
-from executorch_webgpu.runtime.host import to_user
-from executorch_webgpu.runtime.replay import Replay
+from executorch_webgpu.runtime.gpu.host import to_user
+from executorch_webgpu.runtime.methods.replay import Replay
 from tests.harness import DEVICES, GraphBuilder, device, run
 from tests.ops.copy_cases import poison
 from tests.ops.ragged import Array, Layer, Lengths, Program, program

@@ -13,8 +13,8 @@ import pytest
 from executorch_webgpu.backend.graph import Arg, Sym
 from executorch_webgpu.ops.base import check_node
 from executorch_webgpu.runtime.errors import InputError
-from executorch_webgpu.runtime.host import bf16_to_f32, f32_to_bf16, to_user
-from executorch_webgpu.runtime.plan import Launch
+from executorch_webgpu.runtime.gpu.host import bf16_to_f32, f32_to_bf16, to_user
+from executorch_webgpu.runtime.gpu.plan import Launch
 from tests.harness import DEVICES, GraphBuilder, device
 from tests.ops.copy_cases import poison
 from tests.ops.test_rope import reference

@@ -21,8 +21,8 @@ from executorch.extension.llm.custom_ops import test_update_cache as cache_peer
 
 from executorch_webgpu.partitioner import WebGPUPartitioner
 from executorch_webgpu.runtime import DeviceError, InputError, Method, Runtime
-from executorch_webgpu.runtime.buffers import fill
-from executorch_webgpu.runtime.host import to_host
+from executorch_webgpu.runtime.gpu.buffers import fill
+from executorch_webgpu.runtime.gpu.host import to_host
 from tests.harness import device
 
 CONFIG = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)

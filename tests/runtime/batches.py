@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from executorch_webgpu.runtime import BatchGenerator, Sampling
-from executorch_webgpu.runtime.sampling import GREEDY
+from executorch_webgpu.runtime.decoding.sampling import GREEDY
 from tests.runtime.sessions import golden
 
 PROMPTS: list[tuple[int, ...]] = [(1, 2, 3), (40,), (9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11), (100, 200, 33, 44, 55)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from executorch_webgpu.runtime import Generator, Program, Runtime, Sampling
-from executorch_webgpu.runtime.sampling import GREEDY
+from executorch_webgpu.runtime.decoding.sampling import GREEDY
 from tests import tiny_decoder, tiny_states
 from tests.harness import device
 

@@ -26,7 +26,7 @@ from executorch_webgpu.runtime import (
     Runtime,
     Sampling,
 )
-from executorch_webgpu.runtime.plan import MAX_KEPT
+from executorch_webgpu.runtime.gpu.plan import MAX_KEPT
 from tests.harness import device
 from tests.runtime.sessions import PROMPT, golden, load
 from tests.tiny_decoder import CAPACITY, build

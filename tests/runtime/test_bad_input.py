@@ -26,7 +26,7 @@ from executorch_webgpu.runtime import (
     ProgramFormatError,
     Runtime,
 )
-from executorch_webgpu.runtime import device as device_module
+from executorch_webgpu.runtime.gpu import device as device_module
 from tests.harness import device
 
 CAPACITY, LONGEST, HEADS, D = 8, 5, 2, 4

@@ -16,8 +16,8 @@ from executorch_webgpu.backend.passes.quantized import Constants, fuse_quantized
 from executorch_webgpu.ops.packed import Format
 from executorch_webgpu.partitioner import WebGPUPartitioner
 from executorch_webgpu.runtime import Runtime
-from executorch_webgpu.runtime.device import Device
 from executorch_webgpu.runtime.errors import DeviceError, MissingDataError
+from executorch_webgpu.runtime.gpu.device import Device
 from tests.harness import GraphBuilder, device
 from tests.models.test_quantized import VOCABULARY, Net, lowered, weight_only
 from tests.ops.quantized import quantized

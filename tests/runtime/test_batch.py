@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from executorch_webgpu.runtime import BatchGenerator, InputError, Request, Sampling
-from executorch_webgpu.runtime.batch_loop import BatchLoop
-from executorch_webgpu.runtime.sampling import GREEDY
+from executorch_webgpu.runtime.batches.loop import BatchLoop
+from executorch_webgpu.runtime.decoding.sampling import GREEDY
 from tests.harness import device
 from tests.runtime.sessions import golden, load
 from tests.tiny_decoder import BATCH, CAPACITY, VOCAB

@@ -14,8 +14,8 @@ from executorch_webgpu.runtime import (
     UnsupportedError,
     WebGPUDelegateError,
 )
-from executorch_webgpu.runtime.decoder import find_ragged
-from executorch_webgpu.runtime.sampling import GREEDY
+from executorch_webgpu.runtime.decoding.decoder import find_ragged
+from executorch_webgpu.runtime.decoding.sampling import GREEDY
 from tests.runtime.batches import DRAWN, PROMPTS, grow, solo
 from tests.runtime.sessions import load
 from tests.tiny_decoder import BATCH, CAPACITY, STOP, VOCAB

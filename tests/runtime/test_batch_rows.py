@@ -11,8 +11,8 @@ from executorch_webgpu.runtime import (
     BatchGenerator,
     Sampling,
 )
-from executorch_webgpu.runtime.decoder import find_ragged
-from executorch_webgpu.runtime.sampling import GREEDY
+from executorch_webgpu.runtime.decoding.decoder import find_ragged
+from executorch_webgpu.runtime.decoding.sampling import GREEDY
 from tests import tiny_decoder
 from tests.harness import DEVICES, device
 from tests.runtime.batches import DRAWN, PROMPTS, grow, solo

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from executorch_webgpu.runtime import InputError, Sampling
-from executorch_webgpu.runtime.chooser import Advance, Chooser, Logits, Target
-from executorch_webgpu.runtime.device import Device
-from executorch_webgpu.runtime.sampling import GREEDY, choose, philox, probabilities, uniform
+from executorch_webgpu.runtime.decoding.chooser import Advance, Chooser, Logits, Target
+from executorch_webgpu.runtime.decoding.sampling import GREEDY, choose, philox, probabilities, uniform
+from executorch_webgpu.runtime.gpu.device import Device
 from tests.harness import DEVICES, device
 
 Array = np.ndarray[Any, Any]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from executorch_webgpu.runtime import Sampling
-from executorch_webgpu.runtime.sampling import choose
+from executorch_webgpu.runtime.decoding.sampling import choose
 from tests.harness import DEVICES, device
 from tests.runtime.test_chooser import rig
 from tests.runtime.test_sampling import FLATTENED, flattened

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from executorch_webgpu.runtime import InputError, Sampling
-from executorch_webgpu.runtime.chooser import IDLE_ROW, Advance, Chooser, Lengths, Logits, Target
-from executorch_webgpu.runtime.device import Device
-from executorch_webgpu.runtime.sampling import GREEDY, choose
+from executorch_webgpu.runtime.decoding.chooser import IDLE_ROW, Advance, Chooser, Lengths, Logits, Target
+from executorch_webgpu.runtime.decoding.sampling import GREEDY, choose
+from executorch_webgpu.runtime.gpu.device import Device
 from tests.harness import DEVICES, device
 from tests.runtime.test_chooser import Rig, random_logits, rig
 

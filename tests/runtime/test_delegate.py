@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from executorch_webgpu.backend.graph import Graph, Ref, Sym, SymbolRange
-from executorch_webgpu.runtime.delegate import Delegate
 from executorch_webgpu.runtime.errors import DeviceError, InputError, MissingDataError
-from executorch_webgpu.runtime.host import to_host
+from executorch_webgpu.runtime.gpu.host import to_host
+from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests.harness import DEVICES, GraphBuilder, device
 
 SIZE = Sym("input_dim", (0, 0))

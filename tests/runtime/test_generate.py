@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from executorch_webgpu.runtime import Generator, InputError, Program, Runtime, Sampling, UnsupportedError
-from executorch_webgpu.runtime.decoder import find_convention
-from executorch_webgpu.runtime.generate import generate, generate_text
-from executorch_webgpu.runtime.method import MethodMeta, TensorInfo
-from executorch_webgpu.runtime.tokenizer import TextStream, Tokenizer
+from executorch_webgpu.runtime.decoding.decoder import find_convention
+from executorch_webgpu.runtime.decoding.generate import generate, generate_text
+from executorch_webgpu.runtime.decoding.tokenizer import TextStream, Tokenizer
+from executorch_webgpu.runtime.methods.method import MethodMeta, TensorInfo
 from tests import tiny_decoder
 from tests.harness import device
 from tests.tiny_decoder import CAPACITY, LONGEST, VOCAB

@@ -14,7 +14,7 @@ from torch.export import Dim, export
 
 from executorch_webgpu.partitioner import WebGPUPartitioner
 from executorch_webgpu.runtime import InputError, Method, Program, Runtime, State, UnsupportedError
-from executorch_webgpu.runtime.delegate import Delegate
+from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests.harness import device
 from tests.partitioner.test_partitioner import CONFIG, load, lower
 

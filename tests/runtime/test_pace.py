@@ -6,7 +6,15 @@ from collections.abc import Callable, Generator
 
 import pytest
 
-from executorch_webgpu.runtime.pace import LONGEST_WAIT, MOST_WAIT, SHORTEST_WAIT, TOLERATED, WITHOUT, Pace, Reach
+from executorch_webgpu.runtime.decoding.pace import (
+    LONGEST_WAIT,
+    MOST_WAIT,
+    SHORTEST_WAIT,
+    TOLERATED,
+    WITHOUT,
+    Pace,
+    Reach,
+)
 
 STEP = 1.0
 SWITCH = 9.0

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from executorch_webgpu.runtime import pte
 from executorch_webgpu.runtime.errors import InputError, MissingDataError, ProgramFormatError
+from executorch_webgpu.runtime.files import pte
 
 
 def test_external_weights(programs, ptd_path):

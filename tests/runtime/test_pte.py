@@ -13,8 +13,8 @@ import pytest
 from executorch.exir import schema as et
 from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary
 
-from executorch_webgpu.runtime import pte
 from executorch_webgpu.runtime.errors import InputError, MissingDataError
+from executorch_webgpu.runtime.files import pte
 from tests.runtime.programs import BUILDERS
 
 # ---- comparison with executorch's own reader ----
@@ -289,7 +289,7 @@ def test_close_unmaps_when_no_view_is_left(programs):
 
 def test_reader_imports_neither_torch_nor_executorch():
     code = (
-        "import sys, executorch_webgpu.runtime.pte\n"
+        "import sys, executorch_webgpu.runtime.files.pte\n"
         "assert not {'torch', 'executorch'} & set(sys.modules), 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,9 +5,9 @@ import struct
 
 import pytest
 
-from executorch_webgpu.runtime import pte
 from executorch_webgpu.runtime.errors import InputError, MissingDataError, ProgramFormatError, WebGPUDelegateError
-from executorch_webgpu.runtime.flatfile import FlatBuffer
+from executorch_webgpu.runtime.files import pte
+from executorch_webgpu.runtime.files.flatfile import FlatBuffer
 from tests.runtime.programs import BUILDERS
 
 _HEADER_END = 40

@@ -13,10 +13,10 @@ import pytest
 
 from executorch_webgpu.backend.graph import Sym
 from executorch_webgpu.runtime import Generator, InputError, Program, Runtime, Sampling, State, UnsupportedError
+from executorch_webgpu.runtime.decoding.resident import Batch, Resident, find_whole, growth
 from executorch_webgpu.runtime.errors import DeviceError, WebGPUDelegateError
-from executorch_webgpu.runtime.host import to_host
-from executorch_webgpu.runtime.replay import Replay
-from executorch_webgpu.runtime.resident import Batch, Resident, find_whole, growth
+from executorch_webgpu.runtime.gpu.host import to_host
+from executorch_webgpu.runtime.methods.replay import Replay
 from tests import tiny_decoder
 from tests.harness import DEVICES, device
 from tests.tiny_decoder import CAPACITY, STOP
@@ -389,7 +389,7 @@ def test_steps_per_submit_are_checked(llama: Program) -> None:
 
 def test_batches_follow_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(np.cumsum([0.0, *[0.001] * 6, 1.0, 0.0]))
-    monkeypatch.setattr("executorch_webgpu.runtime.resident.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("executorch_webgpu.runtime.decoding.resident.time.perf_counter", lambda: float(next(clock)))
     batch = Batch(None)
     sizes = []
     for _ in range(6):

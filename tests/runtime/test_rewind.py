@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from executorch_webgpu.runtime import Generator, InputError, Sampling, UnsupportedError
-from executorch_webgpu.runtime.delegate import Delegate
+from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests.runtime.sessions import DRAWN, PROMPT, after, golden, load, more
 from tests.tiny_decoder import CAPACITY, STOP
 from tests.tiny_states import LONG, RING, WINDOW
@@ -304,7 +304,7 @@ def test_F16_before_a_ring_is_full_all_lengths_are_good(steps: int | None) -> No
 
 def test_F16_unknown_rings_cannot_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """One record that differs from the known layout is enough."""
-    from executorch_webgpu.runtime import rings
+    from executorch_webgpu.runtime.decoding import rings
 
     with Generator(load("ring")) as generator:
         graph = generator.method.delegates[0].graph

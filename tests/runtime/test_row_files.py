@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from executorch_webgpu.runtime import BatchGenerator, Generator, InputError, Runtime, Sampling, snapshot
-from executorch_webgpu.runtime.sampling import GREEDY
-from executorch_webgpu.runtime.snapshot import Used
+from executorch_webgpu.runtime import BatchGenerator, Generator, InputError, Runtime, Sampling
+from executorch_webgpu.runtime.decoding import snapshot
+from executorch_webgpu.runtime.decoding.sampling import GREEDY
+from executorch_webgpu.runtime.decoding.snapshot import Used
 from tests import tiny_decoder
 from tests.harness import device
 from tests.runtime.batches import DRAWN, PROMPTS, grow, solo

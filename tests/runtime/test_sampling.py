@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from executorch_webgpu.runtime import InputError, Sampling, WebGPUDelegateError
-from executorch_webgpu.runtime.sampling import GREEDY, choose, philox, probabilities, uniform
+from executorch_webgpu.runtime.decoding.sampling import GREEDY, choose, philox, probabilities, uniform
 
 
 def softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

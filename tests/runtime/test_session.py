@@ -20,9 +20,9 @@ from executorch_webgpu.runtime import (
     State,
     UnsupportedError,
 )  # fmt: skip
+from executorch_webgpu.runtime.decoding.parts import find_methods
+from executorch_webgpu.runtime.decoding.sampling import GREEDY
 from executorch_webgpu.runtime.errors import DeviceError
-from executorch_webgpu.runtime.parts import find_methods
-from executorch_webgpu.runtime.sampling import GREEDY
 from tests import tiny_decoder, tiny_states
 from tests.harness import device
 from tests.runtime.sessions import DRAWN, PROMPT, after, golden, load, more

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from executorch_webgpu.runtime import Generator, InputError, Runtime, Sampling, UnsupportedError, snapshot
-from executorch_webgpu.runtime.sampling import GREEDY
+from executorch_webgpu.runtime import Generator, InputError, Runtime, Sampling, UnsupportedError
+from executorch_webgpu.runtime.decoding import snapshot
+from executorch_webgpu.runtime.decoding.sampling import GREEDY
 from tests import tiny_decoder, tiny_states
 from tests.harness import device
 from tests.runtime.sessions import DRAWN, PROMPT, golden, load, more

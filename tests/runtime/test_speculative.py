@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from executorch_webgpu.runtime import DraftModel, Generator, InputError, NGram, Sampling, Speculation, UnsupportedError
+from executorch_webgpu.runtime.decoding.sampling import GREEDY
+from executorch_webgpu.runtime.decoding.session import Session
+from executorch_webgpu.runtime.decoding.speculative import Proposals, Verifier
 from executorch_webgpu.runtime.errors import WebGPUDelegateError
-from executorch_webgpu.runtime.sampling import GREEDY
-from executorch_webgpu.runtime.session import Session
-from executorch_webgpu.runtime.speculative import Proposals, Verifier
 from tests.harness import device
 from tests.runtime.sessions import DRAWN, PROMPT, golden, load, more
 from tests.tiny_decoder import CAPACITY, VOCAB

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from executorch_webgpu.backend.graph import ITEM_SIZE, Graph, Value
-from executorch_webgpu.runtime import Runtime, upload
-from executorch_webgpu.runtime.buffers import State, Weights, storage_size
-from executorch_webgpu.runtime.delegate import Delegate
-from executorch_webgpu.runtime.device import Device
+from executorch_webgpu.runtime import Runtime
 from executorch_webgpu.runtime.errors import DeviceError, InputError, MissingDataError
-from executorch_webgpu.runtime.host import NUMPY, bf16_to_f32
-from executorch_webgpu.runtime.random_weights import RandomFill, RandomWeights
-from executorch_webgpu.runtime.upload import Upload
+from executorch_webgpu.runtime.gpu import upload
+from executorch_webgpu.runtime.gpu.buffers import State, Weights, storage_size
+from executorch_webgpu.runtime.gpu.device import Device
+from executorch_webgpu.runtime.gpu.host import NUMPY, bf16_to_f32
+from executorch_webgpu.runtime.gpu.random_weights import RandomFill, RandomWeights
+from executorch_webgpu.runtime.gpu.upload import Upload
+from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests import tiny_decoder
 from tests.harness import DEVICES, GraphBuilder, device
 

@@ -13,10 +13,10 @@ from executorch_webgpu.backend.packing import pack_bf16
 from executorch_webgpu.backend.passes.large import part_key, split_large, with_parts
 from executorch_webgpu.ops.base import check_node
 from executorch_webgpu.ops.packed import Format
-from executorch_webgpu.runtime.delegate import Delegate
-from executorch_webgpu.runtime.device import OPTIONAL_FEATURES, Device
 from executorch_webgpu.runtime.errors import DeviceError, InputError, MissingDataError
-from executorch_webgpu.runtime.host import f32_to_bf16
+from executorch_webgpu.runtime.gpu.device import OPTIONAL_FEATURES, Device
+from executorch_webgpu.runtime.gpu.host import f32_to_bf16
+from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests.harness import DEVICES, GraphBuilder, device, run
 from tests.ops.quantized import quantized
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from executorch_webgpu import wgsl
-from executorch_webgpu.runtime.kernel import KernelKey
+from executorch_webgpu.runtime.gpu.kernel import KernelKey
 from tests.wgsl import variants
 
 ROOT = Path(__file__).parents[2]

@@ -26,7 +26,7 @@ from typing import Any
 
 from executorch_webgpu import wgsl
 from executorch_webgpu.ops.base import Limits
-from executorch_webgpu.runtime.kernel import KernelKey
+from executorch_webgpu.runtime.gpu.kernel import KernelKey
 from tests.wgsl import variants
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from executorch_webgpu import wgsl
-from executorch_webgpu.runtime.kernel import KernelKey
+from executorch_webgpu.runtime.gpu.kernel import KernelKey
 
 FOLDER = Path("build") / "variants"
 

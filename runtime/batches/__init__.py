@@ -1,0 +1,1 @@
+"""Many sequences in one batch, whose rows join and leave."""

@@ -1,0 +1,1 @@
+"""Readers of `.pte` and `.ptd` files: no GPU, no torch."""

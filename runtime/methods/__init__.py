@@ -1,0 +1,1 @@
+"""Programs and their methods: delegates, what runs outside them, and captured steps."""
