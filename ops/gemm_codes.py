@@ -12,13 +12,13 @@ from .gemm import MAX_SCRATCH, merge
 from .gemv_stream import Projection, Tensor
 from .packed import Format
 
-TX = TY = 16
-"""Lanes of a workgroup along columns and rows."""
+TX, TY = 8, 16
+"""Lanes of a workgroup along columns and rows. Four workgroups share a large GPU's multiprocessor, so that while one
+waits at its barriers others multiply (docs/KERNELS.md)."""
 ROWS, COLUMNS = 4, 8
 """Of a lane."""
 GPU_WORKGROUPS = 528
-"""Workgroups that keep a large GPU busy, four for each of 132 multiprocessors, of which two run at once: K is split
-among more of them below."""
+"""Workgroups that keep a large GPU busy, four for each of 132 multiprocessors: K is split among more of them below."""
 LEAST_SPLIT = 8
 """Blocks of a split at least."""
 LONGEST = 1024

@@ -312,7 +312,7 @@ def test_choices() -> None:
 
     assert splits(2048, 8192) == 1
     assert splits(512, 8192, gated=True) == 1
-    assert splits(512, 2048) == 5
+    assert splits(512, 2048) == 3
     assert splits(64, 512) == 8
     assert splits(512, 2047) == 1
 
