@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..decoding.arguments import check_callback, given_list
+from ..decoding.arguments import check_callback, check_sampling, given_list
 from ..decoding.resident import DEPTH, UNCHOSEN, Batch, Interrupted
 from ..decoding.sampling import GREEDY, Sampling
 from ..decoding.token_ids import token_id
@@ -102,7 +102,7 @@ class BatchGenerator(BatchSequences):
         self._require_method()
         if isinstance(prompt_ids, Request):
             request = prompt_ids
-            if (max_new_tokens, stop_ids, sampling) != (None, None, GREEDY):
+            if max_new_tokens is not None or stop_ids is not None or check_sampling(sampling) != GREEDY:
                 raise InputError(f"{request} has its settings already: give them where it is made")
         else:
             request = Request(prompt_ids, max_new_tokens, stop_ids, sampling)
@@ -259,7 +259,7 @@ class BatchGenerator(BatchSequences):
                 loop.prefill(pieces, self._size(pieces))
             else:
                 with loop.device.lock:  # another thread's run comes before or after, not between
-                    loop.start(pieces, self._size(pieces), self._choices(decoding))
+                    self._start(loop, pieces, self._size(pieces), self._choices(decoding))
                     self._submit(loop, decoding, 1)
             self._ran(pieces, decoding)
             self._settle()
@@ -274,7 +274,7 @@ class BatchGenerator(BatchSequences):
         try:
             with loop.device.lock:
                 if not goes_on:
-                    loop.start(self._pieces()[0], 1, self._choices(active))
+                    self._start(loop, self._pieces()[0], 1, self._choices(active))
                     self._pace.begin()
                 while loop.flying < DEPTH:
                     steps = min(self._pace.steps, max(self._left(row) for row in active) - sum(self._ahead))
@@ -310,7 +310,7 @@ class BatchGenerator(BatchSequences):
 
     def _choices(self, rows: Sequence[Row]) -> dict[int, Choice]:
         """How each request's row chooses."""
-        return {row.number: self._choice(row, row.request.sampling) for row in rows if row.request is not None}
+        return {row.number: row.choice(row.request.sampling) for row in rows if row.request is not None}
 
     def _submit(self, loop: BatchLoop, rows: Sequence[Row], steps: int) -> None:
         loop.submit(steps)

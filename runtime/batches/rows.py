@@ -16,6 +16,7 @@ from ..gpu.buffers import State
 from ..gpu.device import Device
 from ..gpu.host import STORAGE
 from ..gpu.workspace import locked
+from .loop import Choice
 
 
 class Request:
@@ -102,6 +103,11 @@ class Row:
         """Begin a new sequence, with another seed."""
         self.rewind(0)
         self.seed = secrets.randbits(64)
+
+    def choice(self, sampling: Sampling) -> Choice:
+        """How its next token is chosen; with its history where the GPU needs it."""
+        unseen = sampling.repetition_penalty != 1 and not self.marked
+        return Choice(sampling, self.seed, self.tokens if unseen else None)
 
     @property
     def content(self) -> Content:

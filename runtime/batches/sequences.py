@@ -54,7 +54,7 @@ class BatchSequences:
         steps_per_submit = check_count("steps_per_submit", steps_per_submit)
         chunk = check_count("chunk", chunk, 1)
         self.constants = given_constants(constants, source)
-        stop_ids(self.constants)  # refused here, not after the first token
+        self._stop_ids = stop_ids(self.constants)
         self._owned = isinstance(source, Program)
         self.method = _load(source, self.constants) if isinstance(source, Program) else source
         self.closed = False
@@ -107,7 +107,7 @@ class BatchSequences:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a text as the program says (constant methods `get_eos_ids`, `get_eos_id`); may be empty."""
-        return stop_ids(self.constants)
+        return self._stop_ids
 
     @cached_property
     def model_id(self) -> str:
@@ -200,15 +200,13 @@ class BatchSequences:
             numbers = [found.number for found in self._rows if found.tokens and found.request is None]
         else:
             numbers = [row] if is_integer(row) else given_list("row", row, "the number of a row, or several in a list")  # type: ignore[list-item]
-        for number in numbers:
-            self._row(number)
+        found = [self._own(number) for number in numbers]
         if len(set(numbers)) != len(numbers):
             raise InputError(f"a row occurs twice in {numbers}")
         settings = sampling if isinstance(sampling, list | tuple) else [sampling] * len(numbers)
         each = [check_sampling(one) for one in settings]
         if len(each) != len(numbers):
             raise InputError(f"{len(each)} sampling settings for {len(numbers)} rows")
-        found = [self._own(number) for number in numbers]
         for one in found:
             if not one.tokens:
                 raise InputError(f"row {one.number}: there is nothing to continue: append the tokens of a prompt first")
@@ -361,9 +359,9 @@ class BatchSequences:
         if self._loop is None:
             logits = self._call(pieces, 1)
             return [self._drawn(logits[row.number], row, one) for row, one in zip(rows, each, strict=True)]
-        choices = {row.number: self._choice(row, one) for row, one in zip(rows, each, strict=True)}
+        choices = {row.number: row.choice(one) for row, one in zip(rows, each, strict=True)}
         with self._loop.device.lock:  # another thread's run on the same buffers comes before or after, not between
-            self._loop.start(pieces, 1, choices)
+            self._start(self._loop, pieces, 1, choices)
             self._loop.submit(1)
         found = self._loop.collect()[0].tolist()
         return [found[row.number] for row in rows]
@@ -397,11 +395,11 @@ class BatchSequences:
             size *= 4
         return min(size, self.chunk)
 
-    def _choice(self, row: Row, sampling: Sampling) -> Choice:
-        history = None
-        if sampling.repetition_penalty != 1 and not row.marked:
-            history, row.marked = row.tokens, True
-        return Choice(sampling, row.seed, history)
+    def _start(self, loop: BatchLoop, pieces: Mapping[int, Piece], size: int, choices: Mapping[int, Choice]) -> None:
+        """Begin steps. Where this fails, the GPU has taken no row's history."""
+        loop.start(pieces, size, choices)
+        for number, choice in choices.items():
+            self._rows[number].marked |= choice.history is not None
 
     def _settle(self) -> None:
         """Take over everything that is under way. Nothing is, between calls on single rows."""

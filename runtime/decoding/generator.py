@@ -240,6 +240,7 @@ class Generator(Session):
             self._ready()
             if not self._tokens:
                 raise InputError("there is nothing to continue: the sequence was reset meanwhile")
+            self._own_state()
             if self.room == 0:
                 return "capacity"
             known = self._run == len(self._tokens) and self._logits is not None
@@ -277,6 +278,7 @@ class Generator(Session):
         count = 0
         speculator.pace.begin()
         while count != limit:
+            self._ready()
             most = min(x - 1 for x in (self.room, None if limit is None else limit - count) if x is not None)
             if self._run < len(self._tokens) - 1:
                 self._advance(self._tokens[:-1])
@@ -321,6 +323,7 @@ class Generator(Session):
                 while sent < budget and ahead.flying < DEPTH:
                     steps = min(batch.steps, budget - sent)
                     with ahead.device.lock:  # so that another thread's run comes before or after, not between
+                        self._ready()  # another generator may have used the state meanwhile
                         try:
                             if not running:
                                 ahead.start(self._tokens[-1], len(self._tokens) - 1, sampling, self._seed, self._tokens)

@@ -119,11 +119,12 @@ def probabilities(logits: Array, sampling: Sampling, history: Iterable[int] = ()
         weights = np.exp(exponents)
     weights /= weights.sum()
     # By scores and exponents, not by weights: those of different scores may round to the same at a high temperature.
+    order: Array | None = None
     if sampling.top_k and sampling.top_k < len(weights):
-        weights = _keep(weights, _descending(scores, sampling.top_k)[: sampling.top_k])
-        scores = np.where(weights > 0, scores, -np.inf)
+        order = _descending(scores, sampling.top_k)[: sampling.top_k]
+        weights = _keep(weights, order)
     if sampling.top_p < 1:
-        weights = _keep(weights, _nucleus(weights, scores, sampling.top_p))
+        weights = _keep(weights, _nucleus(weights, scores, sampling.top_p, order))
     if sampling.min_p > 0:
         weights = np.where(exponents >= math.log(sampling.min_p), weights, 0.0)
         weights /= weights.sum()
@@ -170,7 +171,8 @@ def _penalised(logits: Array, sampling: Sampling, history: Iterable[int]) -> Arr
         old = scores[seen]
         with np.errstate(over="ignore"):
             moved = np.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
-        scores[seen] = np.where(np.isinf(old), old, np.clip(moved, -_LARGEST, _LARGEST))  # finite, as in float32
+        finite = np.minimum(np.maximum(moved, -_LARGEST), _LARGEST)  # as in float32
+        scores[seen] = np.where(np.isinf(old), old, finite)
     return scores
 
 
@@ -183,14 +185,15 @@ def _descending(scores: Array, count: int) -> Array:
     return found[np.argsort(-scores[found], kind="stable")]
 
 
-def _nucleus(weights: Array, scores: Array, top_p: float) -> Array:
-    """Ids of the fewest tokens of the largest scores whose weights sum to `top_p`; all weights sum to 1."""
+def _nucleus(weights: Array, scores: Array, top_p: float, order: Array | None = None) -> Array:
+    """Ids of the fewest of the largest scores whose weights sum to `top_p`; all weights sum to 1. `order`: ids of
+    all that have a weight, those of the largest scores first, where they are known."""
     for count in (_FIRST_TRY, len(weights)):
-        order = _descending(scores, count)
-        total = np.cumsum(weights[order])
-        if total[-1] >= top_p or count >= len(weights):
+        ids = _descending(scores, count) if order is None else order
+        total = np.cumsum(weights[ids])
+        if total[-1] >= top_p or count >= len(weights) or order is not None:
             break
-    return order[: int(np.searchsorted(total, top_p)) + 1]
+    return ids[: int(np.searchsorted(total, top_p)) + 1]
 
 
 def _keep(weights: Array, ids: Array) -> Array:

@@ -287,6 +287,11 @@ class Session:
         if self._run and self.state.user is not self._key:
             raise InputError("another generator has used this one's state since: reset this one, or give each its own")
 
+    def _own_state(self) -> None:
+        """Take over a state that holds nothing of this sequence, so that whose it was notices."""
+        if self._run == 0 and self.state.user is not self._key:
+            self._reset_state()
+
     def _check_room(self, count: int, what: str) -> None:
         if self.capacity is not None and self.length + count > self.capacity:
             raise InputError(

@@ -153,10 +153,12 @@ class Speculator:
         given = given_list(
             "the drafter's proposal", self._proposals.draft(self.session._tokens, count), "ids in a list"
         )
+        found: list[int] = []
         for token in given[:count]:
             if not is_integer(token) or not 0 <= token < limit:
                 raise InputError(f"the drafter proposes {token!r}, expected ids in [0, {limit:,})")
-        return [int(token) for token in given[:count]]
+            found.append(int(token))
+        return found
 
     def verify(self, draft: Sequence[int]) -> list[int]:
         """Run the last token and `draft`; the ids that follow it: those drafted that agree, and one more."""

@@ -12,6 +12,8 @@ from ..errors import InputError
 
 def is_integer(value: object) -> bool:
     """Whether it is an integer of Python or numpy, and no bool."""
+    if type(value) is int:  # asked for every token: five times as fast
+        return True
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 

@@ -92,6 +92,8 @@ BAD_ROWS: list[tuple[Callable[[BatchGenerator], Any], str]] = [
     (lambda b: b.run(None), "requests is None, expected requests or prompts in a list"),  # type: ignore[arg-type]
     (lambda b: b.run([[1]], on_token=5), "on_token is 5, expected a function"),  # type: ignore[arg-type]
     (lambda b: b.join(Request([1]), 5), "has its settings already: give them where it is made"),
+    (lambda b: b.join(Request([1]), stop_ids=np.array([1, 2])), "has its settings already"),
+    (lambda b: b.join(Request([1]), sampling=np.zeros(2)), r"sampling is array\(\[0., 0.\]\), expected Sampling"),  # type: ignore[arg-type]
     (lambda b: b.save_row(0, None), "path is None, expected the name of a file"),  # type: ignore[arg-type]
     (lambda b: b.load_row(1, 5), "path is 5, expected the name of a file"),  # type: ignore[arg-type]
 ]

@@ -9,8 +9,10 @@ import pytest
 
 from executorch_webgpu.runtime import (
     BatchGenerator,
+    DeviceError,
     Sampling,
 )
+from executorch_webgpu.runtime.batches.loop import BatchLoop
 from executorch_webgpu.runtime.decoding.decoder import find_ragged
 from executorch_webgpu.runtime.decoding.sampling import GREEDY
 from tests import tiny_decoder
@@ -136,6 +138,22 @@ def test_rows_have_their_own_settings(batch: BatchGenerator) -> None:
         batch.append_tokens([PROMPTS[1]] * BATCH)
         found = [batch.generate_next(range(BATCH), [each[number] for number in order]) for _ in range(8)]
         assert [list(row) for row in zip(*found, strict=True)] == [solo(PROMPTS[1], 8, each[n]) for n in order]
+
+
+def test_a_step_that_cannot_begin_forgets_no_history(ahead: BatchGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The repetition penalty counts the prompt also where the device had no memory for the first try."""
+    penalty = Sampling(repetition_penalty=1.8)
+    prompt = (*PROMPTS[0], *solo(PROMPTS[0], 3))
+    ahead.append_tokens(0, prompt)
+
+    def fail(*_: object) -> None:
+        raise DeviceError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BatchLoop, "_prepare", fail)
+        with pytest.raises(DeviceError, match="out of memory"):
+            ahead.generate_next(0, penalty)
+    assert [ahead.generate_next(0, penalty) for _ in range(5)] == solo(prompt, 5, penalty) != solo(prompt, 5)
 
 
 def test_rows_without_a_seed_differ(ahead: BatchGenerator) -> None:

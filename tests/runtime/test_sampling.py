@@ -88,6 +88,19 @@ def test_top_p_of_a_flat_distribution_needs_more_than_the_first_candidates() -> 
     np.testing.assert_array_equal(kept, np.sort(order[: int(np.searchsorted(total, 0.9)) + 1]))
 
 
+def test_top_p_counts_among_those_that_top_k_leaves() -> None:
+    """More of them than the first candidates, and equal ones at both limits."""
+    logits = np.round(np.random.default_rng(2).normal(size=5000), 1)
+    sampling = Sampling(temperature=1, top_k=2000, top_p=0.9)
+    order = np.argsort(-logits, kind="stable")[:2000]
+    weights = softmax(logits[order])
+    kept = order[: int(np.searchsorted(np.cumsum(weights), 0.9)) + 1]
+    expected = np.zeros(5000)
+    expected[kept] = softmax(logits[kept])
+    assert 1024 < len(kept) < 2000
+    np.testing.assert_allclose(probabilities(logits, sampling), expected, rtol=1e-12)
+
+
 def test_min_p_is_relative_to_the_likeliest() -> None:
     logits = np.log([0.5, 0.25, 0.2, 0.05])
     kept = probabilities(logits, Sampling(temperature=1, min_p=0.3))

@@ -14,6 +14,7 @@ from executorch_webgpu.runtime import (
     Device,
     Generator,
     InputError,
+    NGram,
     Program,
     Runtime,
     Sampling,
@@ -298,6 +299,35 @@ def test_a_state_taken_over_is_noticed(fresh: Program) -> None:
     assert first.length == 7
     first.reset()
     assert first.generate(PROMPT, 4, ()).tokens == second.tokens[3:]
+
+
+@pytest.mark.parametrize("speculate", [None, NGram(adaptive=False)], ids=["plain", "drafts"])
+@pytest.mark.parametrize("steps", [0, 1, 4], ids=["host", "one", "four"])
+def test_a_state_taken_over_in_the_middle_of_a_stream_is_noticed(steps: int, speculate: NGram | None) -> None:
+    """Tokens that were on their way may still come; none that other tokens' rows have changed."""
+    program, right = load("hugging_face"), golden("hugging_face", (7, 7, 7), 20)
+    with Generator(program, steps_per_submit=steps) as first:
+        stream = first.stream([7, 7, 7], 20, (), speculate=speculate)
+        found = [next(stream), next(stream)]
+        with Generator(program, steps_per_submit=steps, state=first.state) as second:
+            second.generate([100, 42, 9, 9, 9, 9, 9, 9], 8, ())
+            with pytest.raises(InputError, match="another generator has used this one's state"):
+                found.extend(stream)
+            assert tuple(found) == right[: len(found)]
+            assert len(found) < len(right)
+            assert second.generate((), 2, ()).tokens == after("hugging_face", second.tokens[:16], 2)
+
+
+@pytest.mark.parametrize("steps", [0, 4], ids=["host", "four"])
+def test_a_sequence_of_one_token_takes_the_state_over(steps: int) -> None:
+    program = load("hugging_face")
+    first = Generator(program, steps_per_submit=steps)
+    with first, Generator(program, steps_per_submit=steps, state=first.state) as second:
+        second.generate(PROMPT, 4, ())
+        first.become([5])
+        assert first.generate((), 9, ()).tokens == golden("hugging_face", (5,), 9)
+        with pytest.raises(InputError, match="another generator has used this one's state"):
+            second.generate((), 2, ())
 
 
 def test_what_was_closed_says_so(fresh: Program) -> None:
