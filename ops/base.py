@@ -228,17 +228,23 @@ class Lowering:
         """Check every element of an integer tensor on the host before every step.
 
         Seen are inputs, views of inputs, and what `bounds.integer_bounds` follows (positions counted up from a live
-        scalar);
-        elements computed otherwise are the kernel's to guard.
+        scalar or from an input of one element); elements computed otherwise are the kernel's to guard.
         """
         root = self.graph.root(self.id(arg))
         if self.graph.values[root].kind == "input":
             self.element_checks.append(ElementCheck(root, low, high, what, each=each))
             return
         bounds = integer_bounds(self.graph, arg)
-        if bounds is not None:
-            self.require(bounds[0], low, high, what)
-            self.require(bounds[1], low, high, what)
+        if bounds is None:
+            return
+        if bounds.base is None:
+            self.require(bounds.low, low, high, what)
+            self.require(bounds.high, low, high, what)
+        elif all(symbol.op == "input_dim" for dim in (bounds.low, bounds.high) for symbol in free_symbols(dim)):
+            first, last = self.int(bounds.low), self.int(bounds.high)
+            if (first, last) != (0, 0):
+                what += f", {first} to {last} more than this"
+            self.element_checks.append(ElementCheck(bounds.base, low - first, high - last, what, each=each))
 
     def require_sums(self, first: Arg, second: Arg, low: Int, high: Int, what: str, each: str = "element") -> None:
         """Check every sum of two integer tensors of as many elements before every step, where both are inputs."""

@@ -1,12 +1,24 @@
-"""Bounds of integer tensors that follow from sizes and live scalars: how an index computed on the GPU is checked on
-the host."""
+"""Bounds of integer tensors that follow from sizes, live scalars and inputs of one element: how an index computed on
+the GPU is checked on the host."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from ..backend.graph import INTEGERS, Arg, Dim, Graph, Node, Ref, Sym, make_dim
 
-Bounds = tuple[Dim, Dim]
-"""(lowest, highest) element, as expressions over the graph's inputs."""
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Lowest and highest element, as expressions over the graph's inputs.
+
+    `base`: the value index of an input of one element, which is to be added to both; None: there is none.
+    """
+
+    low: Dim
+    high: Dim
+    base: int | None = None
+
 
 _SAME = (
     "view", "reshape", "unsqueeze", "squeeze", "alias", "clone", "_to_copy", "to", "expand", "permute", "transpose",
@@ -17,14 +29,18 @@ _SAME = (
 
 
 def integer_bounds(graph: Graph, arg: Arg) -> Bounds | None:
-    """Bounds of the elements of an integer value made from aranges, fills and sums; None where nothing is known.
+    """Bounds of the elements of an integer value made from aranges, fills, inputs of one element and sums; None where
+    nothing is known.
 
     They are exact for what exporters make of a position (`arange(S) + position`), and never too narrow.
     """
     if not isinstance(arg, Ref):
-        return (arg, arg) if isinstance(arg, int | Sym) and not isinstance(arg, bool) else None
+        return Bounds(arg, arg) if isinstance(arg, int | Sym) and not isinstance(arg, bool) else None
     if graph.values[arg.value].dtype not in INTEGERS:
         return None
+    root = graph.root(arg.value)
+    if graph.values[root].kind == "input" and all(size == 1 for size in graph.values[root].shape):
+        return Bounds(0, 0, root)
     node = next((n for n in graph.nodes if arg.value in n.outputs), None)
     return None if node is None else _of_node(graph, node)
 
@@ -40,11 +56,17 @@ def _of_node(graph: Graph, node: Node) -> Bounds | None:
         return integer_bounds(graph, args.get("s", args.get("fill_value")))
     if name in ("add", "sub") and args.get("alpha", 1) == 1:
         left, right = integer_bounds(graph, args["self"]), integer_bounds(graph, args["other"])
-        if left is None or right is None:
-            return None
-        low, high = (right[0], right[1]) if name == "add" else (right[1], right[0])
-        return make_dim(name, left[0], low), make_dim(name, left[1], high)
+        return None if left is None or right is None else _sum(name, left, right)
     return None
+
+
+def _sum(name: str, left: Bounds, right: Bounds) -> Bounds | None:
+    """Of `left + right` (name `add`) or `left - right` (`sub`); None where more than one input were to be followed."""
+    if right.base is not None and (left.base is not None or name == "sub"):
+        return None
+    low, high = (right.low, right.high) if name == "add" else (right.high, right.low)
+    base = right.base if left.base is None else left.base
+    return replace(left, low=make_dim(name, left.low, low), high=make_dim(name, left.high, high), base=base)
 
 
 def _arange(graph: Graph, node: Node) -> Bounds | None:
@@ -59,4 +81,4 @@ def _arange(graph: Graph, node: Node) -> Bounds | None:
     ):
         return None
     last = make_dim("mul", make_dim("sub", count, 1), step)
-    return start, make_dim("add", start, last)
+    return Bounds(start, make_dim("add", start, last))
