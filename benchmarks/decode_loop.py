@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -166,8 +167,8 @@ class ProgramDecoder:
 
 @dataclass(frozen=True)
 class Run:
-    """What a mode measured: the times of each step, and the GPU's busy share between the first and the last pass of
-    the run by timestamps (None where it was not stamped)."""
+    """What a mode measured in a turn: the times of each step, and the GPU's busy share between the first and the last
+    pass by timestamps (None where it was not stamped)."""
 
     steps: list[StepTimes]
     busy: float | None = None
@@ -296,20 +297,33 @@ def traffic(graph: Graph, device: Device, keys: int, capacity: int) -> int:
     return total
 
 
-def steps_of(report: Report, model: Decoder, name: str, dtype: str, options: argparse.Namespace) -> None:
-    """Time a mode and write its line."""
-    position, mode = options.past, MODES[name]
-    steps = min(options.steps, model.capacity - position)
+def take_turns(model: Decoder, options: argparse.Namespace) -> dict[str, list[Run]]:
+    """What each mode measured. Modes run a part of the steps each, in turns, because the host is faster at some times
+    than at others: numbers that are to be compared must come from the same times."""
+    steps = min(options.steps, model.capacity - options.past)
     if steps < 1:
-        raise InputError(f"no room for a step at position {position}: the decoder has {model.capacity} rows")
-    began = time.perf_counter()
-    while True:  # the same work, until clocks and caches have settled
-        mode(model, 1, position, min(steps, 8))
-        if time.perf_counter() - began >= options.warm_up:
-            break
-    run = mode(model, 1, position, steps)
-    found = run.steps
-    middle = position + steps // 2
+        raise InputError(f"no room for a step at position {options.past}: the decoder has {model.capacity} rows")
+    turns = min(options.turns, steps)
+    places = [steps * turn // turns for turn in range(turns + 1)]
+    found: dict[str, list[Run]] = {name: [] for name in options.modes}
+    for first, end in pairwise(places):
+        for name in options.modes:
+            began, position, mode = time.perf_counter(), options.past + first, MODES[name]
+            while True:  # the same work, until clocks and caches have settled
+                mode(model, 1, position, min(end - first, 8))
+                if time.perf_counter() - began >= options.warm_up / turns:
+                    break
+            found[name].append(mode(model, 1, position, end - first))
+    return found
+
+
+def steps_of(
+    report: Report, model: Decoder, name: str, runs: Sequence[Run], dtype: str, options: argparse.Namespace
+) -> None:
+    """Write the line of a mode."""
+    found = [step for run in runs for step in run.steps]
+    steps = len(found)
+    middle = options.past + steps // 2
     gpu, kernels = gpu_times(model, [1], middle, options)
     total = Times.of(np.array([step.total for step in found]) * 1e6)
     wall = sum(step.total for step in found)
@@ -318,9 +332,10 @@ def steps_of(report: Report, model: Decoder, name: str, dtype: str, options: arg
         f"{field.name}_us": float(f"{np.median([getattr(step, field.name) for step in found]) * 1e6:.5g}")
         for field in fields(StepTimes)
     }
+    busy = [run.busy for run in runs if run.busy is not None]
     report.line(
         f"decode_loop.{name}",
-        {**model.record(), "past": position, "steps": steps},
+        {**model.record(), "past": options.past, "steps": steps, "turns": len(runs)},
         dtype,
         total,
         traffic=needed,
@@ -328,7 +343,7 @@ def steps_of(report: Report, model: Decoder, name: str, dtype: str, options: arg
         host=parts,
         gpu_us=float(f"{gpu.median:.5g}"),
         gpu_busy=float(f"{gpu.median * steps / 1e6 / wall:.4g}"),
-        gpu_busy_by_stamps=None if run.busy is None else float(f"{run.busy:.4g}"),
+        gpu_busy_by_stamps=float(f"{np.mean(busy):.4g}") if busy else None,
         gpu_gb_per_s=float(f"{needed / gpu.median / 1e3:.5g}"),
         gpu_copy_share=None if report.rates is None else float(f"{needed / gpu.median / 1e3 / report.rates.copy:.4g}"),
         kernels=sorted(set(kernels)),
@@ -367,6 +382,7 @@ def parser() -> argparse.ArgumentParser:
             made.add_argument(flag, type=natural if field.name == "codes" else count, default=default)
     made.add_argument("--past", type=natural, default=128, help="position of the first step")
     made.add_argument("--steps", type=count, default=64)
+    made.add_argument("--turns", type=count, default=4, help="the steps of the modes are run in so many parts")
     made.add_argument("--modes", type=names, default=list(MODES), help=f"of {', '.join(MODES)}")
     made.add_argument("--prefill", type=counts, default=[], help="also the GPU time of runs of so many tokens: 128,512")
     made.add_argument("--batched", help="also a program for batches (`batches.py`), whose rows decode together")
@@ -402,8 +418,8 @@ def _measured(options: argparse.Namespace, opened: ExitStack) -> None:
     opened.callback(model.close)
     report = Report(device, options.out)
     report.rates = measure(device, options)
-    for name in options.modes:
-        steps_of(report, model, name, dtype, options)
+    for name, runs in take_turns(model, options).items():
+        steps_of(report, model, name, runs, dtype, options)
     for rows in options.prefill:
         prefill_of(report, model, rows, dtype, options)
     if batched is not None:

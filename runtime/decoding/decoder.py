@@ -101,8 +101,9 @@ class Convention:
         """The arguments of one call that puts `ids` (at most `chunk`) at `position` and after."""
         if self.ragged is not None:
             return self.ragged.inputs([ids], [position], len(ids))
-        rows = np.arange(position, position + (len(ids) if self.every_position else 1))
-        return [np.array([ids], _DTYPES[self.dtypes[0]]), rows.astype(_DTYPES[self.dtypes[1]])]
+        end = position + (len(ids) if self.every_position else 1)
+        rows = np.arange(position, end, dtype=_DTYPES[self.dtypes[1]])
+        return [np.array([ids], _DTYPES[self.dtypes[0]]), rows]
 
     @staticmethod
     def last_logits(output: Any) -> Array:

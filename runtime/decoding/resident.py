@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 from ...backend.graph import Dim, Ref, Sym
-from ..errors import DeviceError, UnsupportedError
+from ..errors import DeviceError, InputError, UnsupportedError
 from ..gpu import native
 from ..gpu.buffers import ReadBack
 from ..gpu.host import to_host
@@ -158,6 +158,8 @@ class Resident:
         self._flying: deque[tuple[int, int, int]] = deque()
         self._position = 0
         self._done = 0
+        self._passed = -1
+        """The last position that a step of the bound plan may have, as far as it was tried."""
         self.pass_options: Callable[[], dict[str, Any]] = dict
         """Gives further options of the next submit's compute pass: timestamps, for measurements."""
         self.owner: object = None
@@ -192,6 +194,7 @@ class Resident:
             lambda: Chooser(self.device, vocabulary, 1, logits, self.capacity, [Target(token_buffer)], advances),
         )
         self._records.clear()
+        self._passed = -1
         self._bound = plan
         return plan
 
@@ -251,8 +254,7 @@ class Resident:
         workspace = self.delegate.workspace
         if plan is not self._bound or self._chooser is None or workspace.holder is not self:
             raise Interrupted("the buffers of this run were used by another call: start it again")
-        last = self._inputs(0, self._position + steps - 1)  # positions of the steps between are between
-        self.delegate.check(plan, last, self.delegate.bind(last))
+        self._require(plan, self._position + steps - 1)
         records = self._step_records(plan)
         gpu = self.device.gpu
         encoder = gpu.create_command_encoder(label="steps")
@@ -272,6 +274,22 @@ class Resident:
         self.device.counters.submits += 1
         self.device.counters.dispatches += steps * len(records)
 
+    def _require(self, plan: Plan, last: int) -> None:
+        """InputError unless steps up to position `last` can run; the first one's position was checked by `start`, and
+        positions between are between. Usually all up to the capacity can, which is found out once for a plan."""
+        if last <= self._passed:
+            return
+        for position in (max(last, self.capacity - 1), last):
+            inputs = self._inputs(0, position)
+            try:
+                self.delegate.check(plan, inputs, self.delegate.bind(inputs))
+            except InputError:
+                if position == last:
+                    raise
+            else:
+                self._passed = position
+                return
+
     def _step_records(self, plan: Plan) -> list[native.Record]:
         """The records of a step and the choice after it."""
         if self._chooser is None:
@@ -289,7 +307,8 @@ class Resident:
             data = self._slots[slot].finish(submission, 4 * steps)
         finally:
             self._free.append(slot)
-        return [int(token) for token in np.frombuffer(data, np.int32)]
+        tokens: list[int] = np.frombuffer(data, np.int32).tolist()
+        return tokens
 
     @property
     def flying(self) -> int:

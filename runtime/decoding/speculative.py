@@ -246,7 +246,8 @@ class Verifier:
         self.device.counters.submits += 1
         self.device.counters.dispatches += len(records)
         data = self.delegate.read_back.read(submission, size)
-        return [int(token) for token in np.frombuffer(data, np.int32, count)]
+        chosen: list[int] = np.frombuffer(data, np.int32, count).tolist()
+        return chosen
 
     def _inputs(self, ids: Sequence[int], position: int) -> list[tuple[str, Any]]:
         return self.whole.order([to_host(array) for array in self.convention.inputs(ids, position)])

@@ -25,6 +25,9 @@ NUMPY: dict[str, np.dtype[Any]] = {
 }
 """numpy's type for each host dtype; bfloat16, which numpy lacks, travels as its 16 bits."""
 
+_HOST = {dtype: name for name, dtype in NUMPY.items() if name != "bf16"}
+"""The host dtype of a numpy type."""
+
 _NAMES = {
     "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int64": "i64", "int32": "i32",
     "uint32": "u32", "int16": "i16", "int8": "i8", "uint8": "u8", "bool": "bool",
@@ -50,6 +53,8 @@ def to_host(value: Any) -> tuple[str, np.ndarray[Any, Any]]:
     Python ints become i64, floats f32, bools bool; bfloat16 tensors become their 16 bits. Raises InputError for
     anything else.
     """
+    if type(value) is np.ndarray and value.flags.c_contiguous and value.dtype in _HOST:
+        return _HOST[value.dtype], value
     if is_torch(value):
         torch = sys.modules["torch"]
         name = _NAMES.get(str(value.dtype).removeprefix("torch."))

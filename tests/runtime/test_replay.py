@@ -313,6 +313,18 @@ def test_a_run_does_not_pass_the_capacity(llama: Program) -> None:
     assert len(resident.collect()) == 2
 
 
+def test_a_capacity_beyond_what_the_program_takes_is_found_out_step_by_step(llama: Program) -> None:
+    whole = find_whole(llama.load_method(), made(llama).convention)
+    resident = Resident.of(whole, made(llama).convention, CAPACITY + 9)
+    for start, good in ((CAPACITY - 4, (3, 1)), (0, (2,)), (CAPACITY - 1, (1,))):
+        resident.start(1, start, Sampling(), 0, ())
+        for steps in good:
+            with pytest.raises(InputError, match="outside"):
+                resident.submit(CAPACITY + 1 - start)
+            resident.submit(steps)
+            assert len(resident.collect()) == steps
+
+
 def test_no_more_submits_than_there_is_room_for(llama: Program) -> None:
     generator = made(llama)
     resident = Resident.of(find_whole(generator.method, generator.convention), generator.convention, CAPACITY)
