@@ -19,9 +19,6 @@ from .packed import Format
 Four = tuple[int, int, int, int]
 NONE: Four = (0, 0, 0, 0)
 
-STEP = 16
-"""k of a step."""
-
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -69,11 +66,14 @@ class Choice:
     """How work is cut.
 
     Attributes:
-        ty, tx: lanes of a workgroup along rows and columns, multiples of 8 and at least 4 * col_sets and 4 * row_sets.
+        ty, tx: lanes of a workgroup along rows and columns, multiples of 8 and at least `quads` / 2 * col_sets and
+            `quads` / 2 * row_sets.
         row_sets, col_sets: sets of four rows (1, 2 or 4) and of four columns (1 or 2) of a lane; where gated at
             most 2 of rows, and 2 of columns.
         splits: ranges of K at most; 1: no partial results.
-        unrolled: no loop over the quads of a step.
+        unrolled: no loop over four quads of a step.
+        quads: of k in a step, 4 or 8. With 8 a workgroup asks for more of each row at once and meets half as often,
+            which is better where little else runs meanwhile: few rows, few workgroups.
     """
 
     ty: int
@@ -82,6 +82,12 @@ class Choice:
     col_sets: int
     splits: int = 1
     unrolled: bool = False
+    quads: int = 4
+
+    @property
+    def step(self) -> int:
+        """k of a step."""
+        return 4 * self.quads
 
     @property
     def rows(self) -> int:
@@ -100,7 +106,7 @@ class Choice:
     @property
     def memory(self) -> int:
         """Bytes of workgroup memory."""
-        return 4 * STEP * (self.rows + self.columns)
+        return 4 * self.step * (self.rows + self.columns)
 
 
 LARGE = Choice(8, 16, 4, 2)
@@ -110,6 +116,9 @@ GPU_LARGE = 264
 EVEN = 0.94
 """Share of those at work, on average over the rounds, from which LARGE is worth it: it loads less, but a round that is
 not full costs more than with smaller tiles."""
+LARGE_GAIN = 1.07
+"""How much faster LARGE is then, for as many rows: where its tiles are to be filled up with more rows than that, it is
+not."""
 GPU_WORKGROUPS = 512
 """Workgroups of other tiles that keep a large GPU busy: K is split among more of them below."""
 LEAST_SPLIT = 128
@@ -126,6 +135,11 @@ def tiles(p: Problem, choice: Choice) -> int:
     return p.batch * -(-p.m // choice.rows) * -(-p.n // columns)
 
 
+def padded(p: Problem, choice: Choice) -> int:
+    """Rows that tiles compute, those past the last one among them."""
+    return -(-p.m // choice.rows) * choice.rows
+
+
 def splittable(p: Problem) -> bool:
     """Whether gemm_merge.wgsl can finish the product."""
     return p.batch == 1 and p.n % 4 == 0 and not p.gated
@@ -134,17 +148,22 @@ def splittable(p: Problem) -> bool:
 def choose(limits: Limits, p: Problem) -> Choice:
     """The cut of a product, from its sizes and the device's limits alone."""
     unrolled = p.batch * p.m * p.n * p.k >= LONG_WORK
+    choice = Choice(8, 8, 1 if p.m <= 32 else 2, 1 if p.n <= 32 and not p.gated else 2, unrolled=unrolled)
     large = tiles(p, LARGE)
     rounds = -(-large // GPU_LARGE)
     fits = LARGE.memory <= limits.max_workgroup_memory and LARGE.invocations <= limits.max_invocations
-    if fits and not p.gated and large >= EVEN * rounds * GPU_LARGE:
+    full = large >= EVEN * rounds * GPU_LARGE and padded(p, LARGE) <= LARGE_GAIN * padded(p, choice)
+    if fits and not p.gated and full:
         return replace(LARGE, unrolled=unrolled)
-    choice = Choice(8, 8, 1 if p.m <= 32 else 2, 1 if p.n <= 32 and not p.gated else 2, unrolled=unrolled)
-    if not splittable(p):
-        return choice
-    room = min(MAX_SCRATCH, limits.max_binding) // (4 * p.m * p.n)
-    splits = min(-(-GPU_WORKGROUPS // tiles(p, choice)), p.k // LEAST_SPLIT, room)
-    return replace(choice, splits=max(splits, 1))
+    if splittable(p):
+        room = min(MAX_SCRATCH, limits.max_binding) // (4 * p.m * p.n)
+        splits = min(-(-GPU_WORKGROUPS // tiles(p, choice)), p.k // LEAST_SPLIT, room)
+        choice = replace(choice, splits=max(splits, 1))
+    long = replace(choice, quads=8)
+    waits = choice.row_sets == 1 or tiles(p, choice) * choice.splits < GPU_WORKGROUPS
+    if waits and p.format is None and p.k > choice.step and long.memory <= limits.max_workgroup_memory:
+        return long
+    return choice
 
 
 @cache
@@ -166,7 +185,7 @@ def multiply(ctx: Lowering, p: Problem, choice: Choice | None = None) -> Iterato
         w_columns = -(-w_columns // 8) * 8  # rows are filled up to 16 bytes
     w_fours = w_columns % 4 == 0
     w_row = p.format.words if p.format else w_columns // 4 if w_fours else w_columns
-    steps = -(-p.k // STEP)
+    steps = -(-p.k // choice.step)
     span = -(-steps // (choice.splits if splittable(p) else 1))
     splits = -(-steps // span)
     row_tiles = -(-p.m // choice.rows)
@@ -191,10 +210,10 @@ def multiply(ctx: Lowering, p: Problem, choice: Choice | None = None) -> Iterato
     if p.gated:
         bindings["w1"] = p.weights[1].id
     addends = {name: t.id for name, t in (("bias", p.bias), ("residual", p.residual)) if t is not None}
-    even_k = p.k % STEP == 0
+    even_k = p.k % choice.step == 0
     consts: dict[str, int | float | bool] = {
         "TY": choice.ty, "TX": choice.tx, "ROW_SETS": choice.row_sets, "COL_SETS": choice.col_sets,
-        "UNROLLED": choice.unrolled,
+        "KQ": choice.quads, "UNROLLED": choice.unrolled,
         "W_NK": p.nk, "GATED": p.gated, "SPLIT": split, "EVEN": even_k,
         "BIAS": p.bias is not None and not split, "BIAS_ROWS": p.bias_row != 0,
         "RESIDUAL": p.residual is not None and not split,
@@ -206,7 +225,7 @@ def multiply(ctx: Lowering, p: Problem, choice: Choice | None = None) -> Iterato
         "bias_strides": p.bias_strides, "m": p.m, "n": p.n, "k": p.k, "x_row": p.k // 4 if x_fours else p.k,
         "w_row": w_row, "bias_row": p.bias_row, "bias_col": p.bias_col,
         "alpha": p.alpha, "beta": p.beta, "row_tiles": row_tiles, "col_tiles": col_tiles, "splits": splits,
-        "span": span * STEP, "batch": p.batch, "total": total,
+        "span": span * choice.step, "batch": p.batch, "total": total,
     }  # fmt: skip
     yield Dispatch(
         "gemm", bindings if split else {**bindings, **addends}, params, ctx.fold_grid(total), consts=consts,

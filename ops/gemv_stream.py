@@ -1,8 +1,9 @@
 """Products of few rows with weights [N, K] on devices with subgroups: gemv_stream.wgsl and gemv_stream_siblings.wgsl.
 
 Weights are 32-bit or 16-bit floats (float16, or bfloat16 in words), or packed in 4 or 8 bits (`packed.py`).
-With packed weights, rows up to `MAX_PASSES` go by in passes of one dispatch. x may be integers of 8 bits there
-(`activations.py`), or be quantised to these on the way.
+More than `MAX_ROWS` rows go by in passes of one dispatch, up to `MAX_PASSES` with packed weights and
+`MAX_FLOAT_PASSES` with others. With packed weights x may be integers of 8 bits (`activations.py`), or be quantised to
+these on the way.
 
 What matrix products and `webgpu.project` have in common: the choice of the sizes of a workgroup, and the dispatch.
 """
@@ -76,6 +77,8 @@ PASS_ROWS = {1: MAX_ROWS, 2: MAX_ROWS, 3: 5}
 """Rows of x that a workgroup takes beside packed weights, by digits: with more, too little of x fits its memory."""
 MAX_PASSES = {1: 40, 2: 40, 3: 16}
 """Rows of x up to which passes over packed weights are faster than tiles (`gemm.py`), by digits."""
+MAX_FLOAT_PASSES = 2 * MAX_ROWS
+"""The same for weights of floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +174,14 @@ def fits(limits: Limits, p: Projection) -> bool:
 
 
 def fits_passes(limits: Limits, p: Projection) -> bool:
-    """Whether `stream` takes a product of packed weights with more rows than `fits` allows."""
-    return p.format is not None and p.m <= MAX_PASSES[p.digits] and fits(limits, replace(p, m=min(p.m, MAX_ROWS)))
+    """Whether `stream` takes a product with more rows than `fits` allows."""
+    most = MAX_FLOAT_PASSES if p.format is None else MAX_PASSES[p.digits]
+    return p.m <= most and fits(limits, replace(p, m=min(p.m, MAX_ROWS)))
+
+
+def passes_of(p: Projection) -> int:
+    """Passes of as many rows of x as a workgroup takes."""
+    return -(-p.m // (MAX_ROWS if p.format is None else PASS_ROWS[p.digits]))
 
 
 def fits_quantizing(limits: Limits, p: Projection) -> bool:
@@ -350,7 +359,7 @@ def pieces(ctx: Lowering, p: Projection, choice: Choice) -> Pieces:
 
 def stream(ctx: Lowering, p: Projection) -> Iterator[Dispatch]:
     """One dispatch; `fits` or `fits_passes` holds."""
-    passes = 1 if p.format is None else -(-p.m // PASS_ROWS[p.digits])
+    passes = passes_of(p)
     one = replace(p, m=-(-p.m // passes))
     made = pieces(ctx, one, choose(ctx.limits, one))
     bindings, types, params = made.bindings, made.types, {**made.params, "m": p.m}

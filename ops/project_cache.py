@@ -29,7 +29,6 @@ from .attention_common import Problem
 from .base import Const, Dispatch, Limits, Lowering, Param, register
 from .copies import copy_all
 from .gemv_stream import (
-    PASS_ROWS,
     SIBLINGS,
     Choice,
     Projection,
@@ -38,6 +37,7 @@ from .gemv_stream import (
     fits_passes,
     fits_quantizing,
     four,
+    passes_of,
     pieces,
 )
 from .lengths import PART, batch_fits, lengths_consts
@@ -184,7 +184,7 @@ def fused(ctx: Lowering, node: Node, p: Projection, biases: tuple[Ref | None, ..
     table_rows = prod(table[:-1])
     rope_cache.require_room(ctx, node, rows, capacity, table_rows)
     interleaved = args["interleaved"] is True
-    passes = 1 if p.format is None else -(-p.m // PASS_ROWS[p.digits])
+    passes = passes_of(p)
     one = replace(p, m=-(-p.m // passes))
     choice = divided(ctx.limits, one, interleaved)
     made = pieces(ctx, one, choice)

@@ -3,13 +3,15 @@
 // x is [.., M, K]; w is [.., N, K] (W_NK) or [.., K, N]. GATED: silu(x w0^T) * (x w1^T) + residual. Sums are f32.
 //
 // One workgroup: a tile of 4 * XQ rows by 4 * WQ columns of the result (half as many columns where GATED), over all of K or, with SPLIT, one of
-// several ranges of K; then it writes bare sums and `gemm_merge` follows. K goes by in steps of 16 through workgroup memory, where both tiles lie
+// several ranges of K; then it writes bare sums and `gemm_merge` follows. K goes by in steps of 4 * KQ through workgroup memory, where both tiles lie
 // with K outermost ([k][row quad], [k][column quad]), so that a lane reads four rows, or four columns, with one load. Lane (ty, tx) owns rows
 // 4 * (s * TY + ty) + e of ROW_SETS sets s, columns likewise: with two sets each, 8 x 8 sums from four reads of 16 bytes a k.
 //
-// Loads are blocks of 4 rows by 4 k, one of x and one of w a lane at most: four cells of raw bits from global memory, asked for before the
-// products of the step before, converted and transposed in registers when they are placed. Quads of a k are permuted by an exclusive or
-// (`swizzle`), so that the eight lanes of a store meet different banks and no tile has padding: 64 x 64 x 16 takes 8 KiB, 128 x 128 x 16 takes 16.
+// Loads are blocks of 4 rows by 4 k, one or two of x and of w a lane: four cells of raw bits from global memory, asked for before the
+// products of the step before, converted and transposed in registers when they are placed. A step of 32 reads twice as many neighbours of a row
+// at once as one of 16, which counts where weights come from memory and are used for few rows. Quads of a k are permuted by an exclusive or
+// (`swizzle`), so that the eight lanes of a store meet different banks and no tile has padding: 64 x 64 x 16 takes 8 KiB, 128 x 128 x 16 and
+// 64 x 64 x 32 take 16.
 // Neighbouring lanes alternate between two rows of lanes: each half of 32 lanes reads eight vectors of w and two of x.
 //
 // Traffic: x once for each tile of columns, w once for each tile of rows. Versions tried: docs/KERNELS.md.
@@ -53,7 +55,6 @@ struct Params {
 const XQ = ROW_SETS * TY; // quads of rows in a tile
 const WQ = COL_SETS * TX; // quads of columns
 const LANES = TX * TY;
-const KQ = 4u; // quads of k in a step
 const STEP = 4u * KQ;
 const GATE_QUADS = WQ / 2u;
 
@@ -154,18 +155,28 @@ fn main(
     var acc = Sums();
     var next_x = fetch_x(lane, place, begin);
     var next_w = fetch_w(lane, place, begin);
+    var more_x = Block();
+    var more_w = Block();
+    if (X_BLOCKS > LANES) { more_x = fetch_x(lane + LANES, place, begin); }
+    if (W_BLOCKS > LANES) { more_w = fetch_w(lane + LANES, place, begin); }
     for (var k = begin; k < end; k += STEP) {
         place_x(lane, next_x);
         place_w(lane, next_w);
+        if (X_BLOCKS > LANES) { place_x(lane + LANES, more_x); }
+        if (W_BLOCKS > LANES) { place_w(lane + LANES, more_w); }
         workgroupBarrier();
         let ahead = min(k + STEP, last); // the last step asks for its own tiles once more: no test around loads
         next_x = fetch_x(lane, place, ahead);
         next_w = fetch_w(lane, place, ahead);
+        if (X_BLOCKS > LANES) { more_x = fetch_x(lane + LANES, place, ahead); }
+        if (W_BLOCKS > LANES) { more_w = fetch_w(lane + LANES, place, ahead); }
         if (UNROLLED) { // by hand: compilers leave a loop over these as it is
-            acc = with_quad(acc, 0u, tx, ty);
-            acc = with_quad(acc, 1u, tx, ty);
-            acc = with_quad(acc, 2u, tx, ty);
-            acc = with_quad(acc, 3u, tx, ty);
+            for (var q = 0u; q < KQ; q += 4u) {
+                acc = with_quad(acc, q, tx, ty);
+                acc = with_quad(acc, q + 1u, tx, ty);
+                acc = with_quad(acc, q + 2u, tx, ty);
+                acc = with_quad(acc, q + 3u, tx, ty);
+            }
         } else {
             for (var q = 0u; q < KQ; q++) {
                 acc = with_quad(acc, q, tx, ty);

@@ -4,7 +4,7 @@
 // name in a structure that functions take and return: an array indexed by a loop would leave registers.
 // Needs the params and constants of gemm.wgsl, `tile_x`, `tile_w`, and the loaders of x and of weights.
 
-const X_BLOCKS = XQ * KQ; // at most LANES
+const X_BLOCKS = XQ * KQ; // at most 2 * LANES
 const W_BLOCKS = WQ * KQ;
 
 struct Block {
@@ -43,7 +43,7 @@ fn swizzle(q: u32) -> u32 {
 /// Block i of the tile of x at k.
 fn fetch_x(i: u32, p: Place, k: u32) -> Block {
     var found = Block();
-    if (X_BLOCKS == LANES || i < X_BLOCKS) {
+    if (X_BLOCKS % LANES == 0u || i < X_BLOCKS) {
         let row = p.row0 + i / KQ * 4u;
         let quad = k / 4u + i % KQ;
         let last = params.m - 1u;
@@ -58,7 +58,7 @@ fn fetch_x(i: u32, p: Place, k: u32) -> Block {
 /// Block i of the tile of w at k.
 fn fetch_w(i: u32, p: Place, k: u32) -> Block {
     var found = Block();
-    if (W_BLOCKS == LANES || i < W_BLOCKS) {
+    if (W_BLOCKS % LANES == 0u || i < W_BLOCKS) {
         if (W_NK) {
             let first = i / KQ;
             let which = select(0u, first / GATE_QUADS, GATED);
@@ -83,7 +83,7 @@ fn fetch_w(i: u32, p: Place, k: u32) -> Block {
 
 /// Stores block i of x where the products read it.
 fn place_x(i: u32, block: Block) {
-    if (X_BLOCKS == LANES || i < X_BLOCKS) {
+    if (X_BLOCKS % LANES == 0u || i < X_BLOCKS) {
         let q = i % KQ;
         let at = q * 4u * XQ + ((i / KQ) ^ swizzle(q));
         let columns = transpose(mat4x4<f32>(x_values(block.a), x_values(block.b), x_values(block.c), x_values(block.d)));
@@ -96,7 +96,7 @@ fn place_x(i: u32, block: Block) {
 
 /// Stores block i of w where the products read it.
 fn place_w(i: u32, block: Block) {
-    if (W_BLOCKS == LANES || i < W_BLOCKS) {
+    if (W_BLOCKS % LANES == 0u || i < W_BLOCKS) {
         let rows = mat4x4<f32>(
             weight_values(block.a), weight_values(block.b), weight_values(block.c), weight_values(block.d),
         );

@@ -8,7 +8,7 @@
 // every row at a time, UNROLL times over before it uses them, with the same columns of x from the caches, and keeps the sums of ROWS (1, 2, 4 or 8)
 // rows of x in registers. The factor of the norm is taken out of the sum: squares are summed on the way and nothing is computed before the
 // weights are asked for. The loop has no barrier. Sums meet by shuffles within a subgroup, then in workgroup memory, after one barrier. More rows
-// of x go by in PASSES, each by workgroups of its own (packed weights only, for which tiles are much slower).
+// of x go by in PASSES, each by workgroups of its own.
 //
 // Memory traffic: weights once; x (and norm) once a workgroup, and 1 / COLS of the loads of weights from the nearest cache.
 // Unchecked: weight rows are clamped below N, rows of x below m, cells are below params.cells; what is stored is below N and m.

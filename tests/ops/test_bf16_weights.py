@@ -11,6 +11,7 @@ import pytest
 from executorch_webgpu.backend.graph import Arg, Graph, Ref
 from executorch_webgpu.backend.packing import pack_bf16
 from executorch_webgpu.ops.base import check_node
+from executorch_webgpu.ops.gemv_stream import MAX_FLOAT_PASSES, MAX_ROWS
 from executorch_webgpu.ops.packed import Format, format_of
 from executorch_webgpu.runtime.gpu.host import bf16_to_f32, f32_to_bf16, to_host, to_user
 from tests.harness import DEVICES, GraphBuilder, device, run
@@ -131,7 +132,8 @@ LAYERS = [
     (Case(8, 50, 264), "gemv_stream"), (Case(1, 40, 63), "gemv_packed"),
     (Case(2, 5, 1), "gemv_packed"), (Case(4, 33, 67, bias=True), "gemv_packed"),
     (Case(7, 6, 12), "gemv_packed"), (Case(8, 21, 30, dtype="bf16"), "gemv_packed"),
-    (Case(9, 40, 64), "gemm"), (Case(33, 70, 97, bias=True), "gemm"), (Case(10, 1, 4), "gemm"), (Case(9, 5, 1), "gemm"),
+    (Case(9, 40, 64), "gemv_stream"), (Case(16, 41, 64, bias=True), "gemv_stream"), (Case(17, 40, 64), "gemm"),
+    (Case(33, 70, 97, bias=True), "gemm"), (Case(10, 1, 4), "gemm"), (Case(9, 5, 1), "gemm"),
     (Case(65, 66, 20), "gemm"), (Case(17, 64, 1029, dtype="bf16"), "gemm"), (Case(33, 68, 1028), "gemm"),
 ]  # fmt: skip
 
@@ -140,7 +142,7 @@ LAYERS = [
 @pytest.mark.parametrize(("case", "kernel"), LAYERS, ids=str)
 def test_layers(case: Case, kernel: str, on: str) -> None:
     """Also K that is odd, or no multiple of the eight columns of 16 bytes."""
-    other = kernel if kernel != "gemv_stream" else "gemv_packed"
+    other = kernel if kernel != "gemv_stream" else "gemv_packed" if case.m <= MAX_ROWS else "gemm"
     assert check(case, on)[0] == (kernel if on == "full" else other)
 
 
@@ -157,7 +159,7 @@ PROJECTIONS = [
 def test_projections(case: Case, on: str) -> None:
     """Fused forms, and weights of several kinds, which go one by one."""
     kernels = check(case, on)
-    if on == "full" and case.k % 8 == 0 and case.m <= 8 and set(case.others) <= {"bf16"}:
+    if on == "full" and case.k % 8 == 0 and case.m <= MAX_FLOAT_PASSES and set(case.others) <= {"bf16"}:
         streamed = "gemv_stream" if not case.others or case.bias else "gemv_stream_siblings"
         assert kernels == [streamed] * (len(case.others) + 1 if case.bias else 1)
     else:
@@ -188,9 +190,9 @@ class DecoderLayer(Layer):
 )
 def test_projections_into_caches(case: projected.Case, fused: bool, on: str) -> None:
     made = DecoderLayer(case, on)
-    for rows in (1, 3, 9):
+    for rows in (1, 3, 9, 17):
         made.check(rows, 5)
-        assert ("gemv_stream_cache" in made.kernels()) == (fused and on == "full" and rows <= 8)
+        assert ("gemv_stream_cache" in made.kernels()) == (fused and on == "full" and rows <= MAX_FLOAT_PASSES)
     made.close()
 
 

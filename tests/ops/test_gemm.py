@@ -13,6 +13,7 @@ from executorch_webgpu.backend.graph import Node, Ref, Sym
 from executorch_webgpu.ops.base import Dispatch, Limits, Lowering, register
 from executorch_webgpu.ops.gemm import LARGE, Choice, Problem, choose, gemm, multiply, takes
 from executorch_webgpu.ops.gemv_stream import Projection, Tensor
+from executorch_webgpu.ops.packed import Format
 from tests.harness import DEVICES, GraphBuilder, device, run
 
 Array = np.ndarray[Any, Any]
@@ -24,6 +25,7 @@ CUTS = {
     "32x64": Choice(8, 8, 1, 2),
     "64x32": Choice(8, 8, 2, 1),
     "32x32": Choice(8, 8, 1, 1),
+    **{f"{rows * 32}x{columns * 32}x32": Choice(8, 8, rows, columns, quads=8) for rows in (1, 2) for columns in (1, 2)},
 }
 """Every cut that `choose` takes, without splits."""
 
@@ -224,19 +226,30 @@ def problem(m: int, n: int, k: int, **more: Any) -> Problem:
 @pytest.mark.parametrize("limits", [Limits(), Limits(f16=True, max_invocations=1024, max_workgroup_memory=49152)])
 def test_choice(limits: Limits) -> None:
     """Large tiles where their rounds are full, small ones else; K is split until there are enough workgroups."""
-    small, long = Choice(8, 8, 2, 2), Choice(8, 8, 2, 2, unrolled=True)
+    deep, long = Choice(8, 8, 2, 2, quads=8), Choice(8, 8, 2, 2, unrolled=True)
     large = replace(LARGE, unrolled=True)
     assert choose(limits, problem(2048, 2048, 8192)) == large
     assert choose(limits, problem(512, 8192, 2048)) == large
     assert choose(limits, problem(2048, 2048, 32)) == LARGE
     assert choose(limits, problem(2048, 3072, 2048)) == long
+    # rows that only fill tiles up: 32 of 128, 48 of 128, 192 of 256; 500 of 512 are as many with small tiles
+    assert choose(limits, problem(32, 128256, 2048)) == Choice(8, 8, 1, 2, unrolled=True, quads=8)
+    assert choose(limits, problem(48, 128256, 2048)) == long
+    assert choose(limits, problem(192, 65536, 2048)) == long
+    assert choose(limits, problem(500, 8192, 2048)) == large
     assert choose(limits, problem(512, 2048, 2048)) == replace(long, splits=2)
     assert choose(limits, problem(512, 512, 2048)) == replace(long, splits=8)
-    assert choose(limits, problem(512, 511, 2048)) == long
-    assert choose(limits, problem(512, 512, 2048, sizes=(1, 1, 1, 2))) == long
-    assert choose(limits, problem(64, 64, 200)) == small
-    assert choose(limits, problem(20, 2048, 2048)) == Choice(8, 8, 1, 2, 16)
-    assert choose(limits, problem(200, 20, 64)) == Choice(8, 8, 2, 1)
+    assert choose(limits, problem(512, 511, 2048)) == replace(long, quads=8)
+    assert choose(limits, problem(512, 512, 2048, sizes=(1, 1, 1, 2))) == replace(long, quads=8)
+    assert choose(limits, problem(64, 64, 200)) == deep
+    assert choose(limits, problem(20, 2048, 2048)) == Choice(8, 8, 1, 2, 16, quads=8)
+    assert choose(limits, problem(200, 20, 64)) == Choice(8, 8, 2, 1, quads=8)
+    assert choose(limits, problem(20, 20, 16)) == Choice(8, 8, 1, 1)  # one step
+    assert choose(limits, problem(64, 8192, 2048, gated=True)) == replace(long, quads=8)
+    assert choose(limits, problem(128, 8192, 2048, gated=True)) == long
+    packed = problem(20, 2048, 2048, format=Format(2048, 4, 32, "f16", zeros=False))
+    assert choose(limits, packed) == Choice(8, 8, 1, 2, 16)
+    assert choose(replace(limits, max_workgroup_memory=8192), problem(20, 2048, 2048)) == Choice(8, 8, 1, 2, 16)
     assert choose(replace(limits, max_workgroup_memory=8192), problem(2048, 2048, 8192)) == long
     room = choose(replace(limits, max_binding=3 << 20), problem(512, 512, 2048)).splits
     assert room == 3

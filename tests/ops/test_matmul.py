@@ -409,7 +409,9 @@ def test_routing_by_size() -> None:
     assert kernels((1, 1, 256), (512, 256), "aten.linear.default", names) == [("gemv_stream", 1)]
     assert kernels((2, 4, 20), (512, 20), "aten.linear.default", names) == [("gemv_stream", 8)]
     assert kernels((1, 1, 256), (512, 256), "aten.linear.default", names, "default-limits") == [("gemv_nk", 1)]
-    assert kernels((1, 9, 256), (512, 256), "aten.linear.default", names) == [("gemm", 9), ("gemm_merge", None)]
+    assert kernels((1, 16, 256), (512, 256), "aten.linear.default", names) == [("gemv_stream", 16)]
+    assert kernels((1, 17, 256), (512, 256), "aten.linear.default", names) == [("gemm", 17), ("gemm_merge", None)]
+    assert kernels((1, 9, 256), (512, 256), "aten.linear.default", names, "default-limits")[0] == ("gemm", 9)
     assert kernels((1, 1, 254), (512, 254), "aten.linear.default", names) == [("gemv_nk", 1)]
     assert kernels((1, 512, 256), (512, 256), "aten.linear.default", names) == [("gemm", 512), ("gemm_merge", None)]
     assert kernels((4, 100, 256), (512, 256), "aten.linear.default", names) == [("gemm", 400), ("gemm_merge", None)]

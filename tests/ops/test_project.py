@@ -12,6 +12,7 @@ import pytest
 from executorch_webgpu.backend.graph import Arg, Graph, Ref, Sym
 from executorch_webgpu.ops import gemv_stream
 from executorch_webgpu.ops.base import Limits, check_node
+from executorch_webgpu.ops.gemv_stream import MAX_FLOAT_PASSES
 from executorch_webgpu.runtime.gpu.host import bf16_to_f32, f32_to_bf16, to_host, to_user
 from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests.harness import DEVICES, GraphBuilder, device
@@ -173,29 +174,29 @@ KS = {"f32": (8, 52, 256, 2052), "f16": (8, 40, 256, 2056)}
 @pytest.mark.parametrize("stored", ["f32", "f16"])
 @pytest.mark.parametrize("form", FORMS, ids=lambda c: f"{c.form}-{c.norm}-{c.bias}-{c.residual}")
 def test_sizes(form: Case, stored: str, on: str) -> None:
-    """Sizes around the edges, with one row, three and nine."""
+    """Sizes around the edges, with one row, three, nine, and more than go by in passes."""
     turn = 0
     for sizes in SIZES[form.form]:
         for k in KS[stored]:
-            m = (1, 3, 1, 9)[turn % 4] if k * sum(sizes) < 200_000 else 1
+            m = (1, 3, 17, 9)[turn % 4] if k * sum(sizes) < 200_000 else 1
             turn += 1
             found = check(replace(form, m=m, k=k, sizes=sizes, dtypes=f"f32 {stored}"), on)
-            streams = on == "full" and m <= 8
+            streams = on == "full" and m <= MAX_FLOAT_PASSES
             assert (found in (["gemv_stream"], ["gemv_stream_siblings"])) == streams, found
 
 
 @pytest.mark.parametrize("on", DEVICES)
 def test_rows(on: str) -> None:
-    """Every number of rows, with leading axes; one route for up to eight of them, the other above."""
-    for m in range(1, 10):
+    """Every number of rows, with leading axes; one route for up to sixteen of them, the other above."""
+    for m in range(1, MAX_FLOAT_PASSES + 2):
         for form in (
             Case(m, 264, (70,), norm="weight", residual=True, dtypes="f16 f16"),
             Case(m, 264, (70, 70), form="gated", norm="weight", dtypes="f16 f16"),
             Case(m, 264, (70, 9, 33), form="triple", norm="weight", dtypes="f16 f16"),
         ):
             found = check(form, on)
-            assert (len(found) == 1) == (on == "full" and m <= 8), found
-    for lead, m, single in (((2,), 3, True), ((2, 2), 2, True), ((3,), 3, False), ((1, 1), 1, True)):
+            assert (len(found) == 1) == (on == "full" and m <= MAX_FLOAT_PASSES), found
+    for lead, m, single in (((2,), 3, True), ((2, 2), 2, True), ((3,), 3, True), ((6,), 3, False), ((1, 1), 1, True)):
         found = check(Case(m, 40, (33,), norm="weight", bias="all", residual=True, lead=lead), on)
         assert (found == ["gemv_stream"]) == (single and on == "full")
 

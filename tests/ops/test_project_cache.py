@@ -11,6 +11,7 @@ import pytest
 from executorch_webgpu.backend.graph import Arg
 from executorch_webgpu.ops import gemv_stream, project_cache
 from executorch_webgpu.ops.base import Limits, check_node
+from executorch_webgpu.ops.gemv_stream import MAX_FLOAT_PASSES
 from executorch_webgpu.runtime.errors import InputError
 from tests.harness import DEVICES, GraphBuilder, device
 from tests.ops.projected import OP, Case, close, layer
@@ -24,7 +25,7 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 SIZES = {
     "gqa": Case(heads=6, kv_heads=2),
-    "smallest": Case(heads=1, kv_heads=1, d=2, rot=2, dv=1, k=4, capacity=12),
+    "smallest": Case(heads=1, kv_heads=1, d=2, rot=2, dv=1, k=4, capacity=20),
     "four": Case(heads=3, kv_heads=1, d=4, rot=4, k=12),
     "partial": Case(heads=5, kv_heads=5, d=20, rot=6, dv=12, k=72),
     "large-heads": Case(heads=2, kv_heads=1, d=256, rot=64, k=32),
@@ -37,13 +38,16 @@ SIZES = {
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_styles_and_positions(name: str, style: str, on: str) -> None:
-    """One to nine rows at the first, a middle and the last position; up to eight of them are one dispatch."""
+    """One to seventeen rows at the first, a middle and the last position; up to sixteen are one dispatch."""
     case = replace(SIZES[name], **STYLES[style])
     with layer(case, on) as made:
-        for rows in (1, 3, 9) if style == "interleaved" else (2, 8):
+        for rows in (1, 3, 9, 17) if style == "interleaved" else (2, 8, 16):
             for position in {0, (case.capacity - rows) // 2, case.capacity - rows}:
                 made.check(rows, position)
-            assert (made.kernels() == FUSED) == (on == "full" and case.batch * rows <= 8), (rows, made.kernels())
+            assert (made.kernels() == FUSED) == (on == "full" and case.batch * rows <= MAX_FLOAT_PASSES), (
+                rows,
+                made.kernels(),
+            )
 
 
 PACKED = {
@@ -94,9 +98,9 @@ def test_dtypes(name: str, in_place: bool, on: str) -> None:
 @pytest.mark.parametrize("biases", [(), (0, 1, 2), (2,)])
 def test_norms_and_biases(biases: tuple[int, ...], norm: str, on: str) -> None:
     with layer(Case(norm=norm, biases=biases, interleaved=not biases), on) as made:
-        for rows, position in ((1, 39), (2, 5), (10, 5)):
+        for rows, position in ((1, 39), (2, 5), (10, 5), (18, 5)):
             made.check(rows, position)
-            assert (made.kernels() == FUSED) == (on == "full" and rows <= 8)
+            assert (made.kernels() == FUSED) == (on == "full" and rows <= MAX_FLOAT_PASSES)
 
 
 @pytest.mark.parametrize("on", DEVICES)
@@ -113,7 +117,7 @@ def test_ragged_batches(case: Case, on: str) -> None:
             (5, (0, capacity - 5, 9, 1), (0, 5, 3, 1)),
         ):
             made.check(rows, past[:batch], new[:batch])
-            assert (made.kernels() == FUSED) == (on == "full" and batch * rows <= 8)
+            assert (made.kernels() == FUSED) == (on == "full" and batch * rows <= MAX_FLOAT_PASSES)
 
 
 CHOICES = [
