@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -298,22 +297,20 @@ def traffic(graph: Graph, device: Device, keys: int, capacity: int) -> int:
 
 
 def take_turns(model: Decoder, options: argparse.Namespace) -> dict[str, list[Run]]:
-    """What each mode measured. Modes run a part of the steps each, in turns, because the host is faster at some times
-    than at others: numbers that are to be compared must come from the same times."""
+    """What each mode measured. Modes run the same steps in turns, because the host is faster at some times than at
+    others: numbers that are to be compared must come from the same times."""
     steps = min(options.steps, model.capacity - options.past)
     if steps < 1:
         raise InputError(f"no room for a step at position {options.past}: the decoder has {model.capacity} rows")
-    turns = min(options.turns, steps)
-    places = [steps * turn // turns for turn in range(turns + 1)]
     found: dict[str, list[Run]] = {name: [] for name in options.modes}
-    for first, end in pairwise(places):
+    for _ in range(options.turns):
         for name in options.modes:
-            began, position, mode = time.perf_counter(), options.past + first, MODES[name]
+            began, mode = time.perf_counter(), MODES[name]
             while True:  # the same work, until clocks and caches have settled
-                mode(model, 1, position, min(end - first, 8))
-                if time.perf_counter() - began >= options.warm_up / turns:
+                mode(model, 1, options.past, min(steps, 8))
+                if time.perf_counter() - began >= options.warm_up:
                     break
-            found[name].append(mode(model, 1, position, end - first))
+            found[name].append(mode(model, 1, options.past, steps))
     return found
 
 
@@ -322,7 +319,7 @@ def steps_of(
 ) -> None:
     """Write the line of a mode."""
     found = [step for run in runs for step in run.steps]
-    steps = len(found)
+    steps = len(runs[0].steps)
     middle = options.past + steps // 2
     gpu, kernels = gpu_times(model, [1], middle, options)
     total = Times.of(np.array([step.total for step in found]) * 1e6)
@@ -339,10 +336,10 @@ def steps_of(
         dtype,
         total,
         traffic=needed,
-        tokens_per_s=float(f"{steps / wall:.5g}"),
+        tokens_per_s=float(f"{len(found) / wall:.5g}"),
         host=parts,
         gpu_us=float(f"{gpu.median:.5g}"),
-        gpu_busy=float(f"{gpu.median * steps / 1e6 / wall:.4g}"),
+        gpu_busy=float(f"{gpu.median * len(found) / 1e6 / wall:.4g}"),
         gpu_busy_by_stamps=float(f"{np.mean(busy):.4g}") if busy else None,
         gpu_gb_per_s=float(f"{needed / gpu.median / 1e3:.5g}"),
         gpu_copy_share=None if report.rates is None else float(f"{needed / gpu.median / 1e3 / report.rates.copy:.4g}"),
@@ -382,7 +379,7 @@ def parser() -> argparse.ArgumentParser:
             made.add_argument(flag, type=natural if field.name == "codes" else count, default=default)
     made.add_argument("--past", type=natural, default=128, help="position of the first step")
     made.add_argument("--steps", type=count, default=64)
-    made.add_argument("--turns", type=count, default=4, help="the steps of the modes are run in so many parts")
+    made.add_argument("--turns", type=count, default=3, help="so often the modes run the steps, one after the other")
     made.add_argument("--modes", type=names, default=list(MODES), help=f"of {', '.join(MODES)}")
     made.add_argument("--prefill", type=counts, default=[], help="also the GPU time of runs of so many tokens: 128,512")
     made.add_argument("--batched", help="also a program for batches (`batches.py`), whose rows decode together")
