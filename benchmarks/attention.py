@@ -17,6 +17,7 @@ from dataclasses import replace
 from itertools import product as combinations
 
 from executorch_webgpu.backend.graph import Arg
+from executorch_webgpu.ops.attention_lower import ROUTES
 from executorch_webgpu.runtime.errors import WebGPUDelegateError
 from executorch_webgpu.runtime.gpu.device import Device
 
@@ -160,7 +161,11 @@ def parser(prog: str = "python -m benchmarks.attention", about: str | None = __d
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 1 if a result was wrong or nothing could be measured."""
-    options = parser().parse_args(arguments)
+    made = parser()
+    options = made.parse_args(arguments)
+    unknown = sorted(set(options.routes) - set(ROUTES))
+    if unknown:
+        made.error(f"unknown routes {unknown}; there are {', '.join(ROUTES)}")
     device = Device.create(options.adapter)
     report = Report(device, options.out)
     report.rates = measure(device, options)

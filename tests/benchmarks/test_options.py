@@ -52,6 +52,7 @@ TINY = words("--layers 1 --dim 32 --heads 4 --kv-heads 2 --head-size 8 --ffn 32 
         (dispatch.main, "--count 0", "of at least 1"),
         (decode_loop.main, "--steps 0", "of at least 1"),
         (decode_loop.main, "--past -1", "of at least 0"),
+        (attention.main, "--decode --routes nonsense", "unknown routes"),
         (decode_loop.main, "--dim 0", "of at least 1"),
         (decode_loop.main, "--dtype f99", "invalid choice"),
         (decode_loop.main, "--weights 3bit", "invalid choice"),
