@@ -191,6 +191,8 @@ def supports(graph: Graph, node: Node) -> str | None:
         return f"route is {args.get('route')!r}; it must be one of {ROUTES}"
     if args.get("route") == "flash" and args.get("variant", "auto") not in VARIANTS:
         return f"variant is {args.get('variant')!r}; it must be one of {VARIANTS}"
+    if args.get("route") not in ("flash", "stream") and args.get("variant", "auto") != "auto":
+        return f"variant is {args.get('variant')!r}; only the routes 'flash' and 'stream' have variants"
     if args.get("route") == "stream":
         try:
             stream_variant(str(args.get("variant", "auto")))

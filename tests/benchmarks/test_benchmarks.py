@@ -263,7 +263,7 @@ def test_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_attention_decode_over_routes(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--decode", "--past", "40,70", "--routes", "decode,prefill,nonsense", "--verify", *HEADS]
+    options = ["--decode", "--past", "40,70", "--routes", "decode,prefill", "--verify", *HEADS]
     lines = run(attention.main, options, capsys)
     assert [(line["shape"]["past"], line["route"]) for line in lines] == [
         (40, "decode"), (40, "prefill"), (70, "decode"), (70, "prefill")
@@ -274,6 +274,29 @@ def test_attention_decode_over_routes(capsys: pytest.CaptureFixture[str]) -> Non
     assert lines[1]["splits"] is None
     assert lines[0]["kernels"] != lines[1]["kernels"]
     assert all(line["largest_error"] < 1e-5 and line["kernels"] for line in lines)
+
+
+def test_attention_names_the_routes_where_one_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is measured: a typing error must not cost the run of the other routes."""
+    with pytest.raises(SystemExit) as ended:
+        attention.main([*_words("--decode --past 40 --routes decode,nonsense"), *HEADS, *COMMON])
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert not printed.out
+    assert "nonsense" in printed.err
+    assert "stream, decode" in printed.err
+
+
+def test_attention_leaves_out_what_the_operator_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*_words("--decode --past 40 --routes decode,flash --variants auto,small"), *HEADS]
+    assert attention.main([*options, *COMMON]) == 0
+    printed = capsys.readouterr()
+    lines = [check(json.loads(text)) for text in printed.out.splitlines()]
+    assert [(line["route"], line["variant"]) for line in lines] == [
+        ("decode", "auto"), ("flash", "auto"), ("flash", "small")
+    ]  # fmt: skip
+    assert "route decode, variant small" in printed.err
+    assert "only the routes 'flash' and 'stream' have variants" in printed.err
 
 
 def test_attention_prefill(capsys: pytest.CaptureFixture[str]) -> None:
