@@ -121,9 +121,6 @@ LARGE_GAIN = 1.07
 not."""
 GPU_WORKGROUPS = 512
 """Workgroups of other tiles that keep a large GPU busy: K is split among more of them below."""
-GPU_SUBGROUP = 16
-"""Subgroups of a GPU. CPU drivers have smaller ones: long steps gain nothing there, and take SwiftShader minutes to
-compile."""
 LEAST_SPLIT = 128
 """k of a split at least."""
 MAX_SCRATCH = 32 << 20
@@ -164,7 +161,6 @@ def choose(limits: Limits, p: Problem) -> Choice:
         choice = replace(choice, splits=max(splits, 1))
     long = replace(choice, quads=8)
     waits = choice.row_sets == 1 or tiles(p, choice) * choice.splits < GPU_WORKGROUPS
-    waits = waits and limits.subgroup_size >= GPU_SUBGROUP
     if waits and p.format is None and p.k > choice.step and long.memory <= limits.max_workgroup_memory:
         return long
     return choice

@@ -1,15 +1,13 @@
 // No kernel: how `gemm` reads weights of any type in rows of any number of elements, one by one; appended to it. WCell is the element type.
 // Needs params, GATED. What a loader gives is said where 16-bit floats are read.
 
+/// Zero past the row's last element, as `x_element` does it.
 fn weight_element(which: u32, at: u32, row: u32, i: u32) -> f32 {
-    if (i < params.w_row) {
-        let here = at + row * params.w_row + i;
-        if (GATED && which == 1u) {
-            return f32(w1[here]);
-        }
-        return f32(w0[here]);
+    let here = at + row * params.w_row + min(i, params.w_row - 1u);
+    if (GATED && which == 1u) {
+        return select(0.0, f32(w1[here]), i < params.w_row);
     }
-    return 0.0;
+    return select(0.0, f32(w0[here]), i < params.w_row);
 }
 
 fn weight_cell(which: u32, at: u32, row: u32, quad: u32) -> vec4<u32> {

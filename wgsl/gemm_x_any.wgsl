@@ -1,11 +1,10 @@
 // No kernel: how `gemm` reads rows of x of any type and number of columns, element by element; appended to it. XCell is the element type.
 // Needs params.
 
+/// Zero past the last column: chosen after a load that is always allowed, since a branch around each of 32 loads takes
+/// SwiftShader minutes to compile.
 fn x_element(at: u32, row: u32, k: u32) -> f32 {
-    if (k < params.k) {
-        return f32(x[at + row * params.x_row + k]);
-    }
-    return 0.0;
+    return select(0.0, f32(x[at + row * params.x_row + min(k, params.k - 1u)]), k < params.k);
 }
 
 fn x_cell(at: u32, row: u32, quad: u32) -> vec4<u32> {

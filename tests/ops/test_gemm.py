@@ -228,27 +228,26 @@ def problem(m: int, n: int, k: int, **more: Any) -> Problem:
 )
 def test_choice(limits: Limits) -> None:
     """Large tiles where their rounds are full, small ones else; K is split until there are enough workgroups."""
-    quads = 8 if limits.subgroup_size else 4  # long steps are for GPUs
-    deep, long = Choice(8, 8, 2, 2, quads=quads), Choice(8, 8, 2, 2, unrolled=True)
+    deep, long = Choice(8, 8, 2, 2, quads=8), Choice(8, 8, 2, 2, unrolled=True)
     large = replace(LARGE, unrolled=True)
     assert choose(limits, problem(2048, 2048, 8192)) == large
     assert choose(limits, problem(512, 8192, 2048)) == large
     assert choose(limits, problem(2048, 2048, 32)) == LARGE
     assert choose(limits, problem(2048, 3072, 2048)) == long
     # rows that only fill tiles up: 32 of 128, 48 of 128, 192 of 256; 500 of 512 are as many with small tiles
-    assert choose(limits, problem(32, 128256, 2048)) == Choice(8, 8, 1, 2, unrolled=True, quads=quads)
+    assert choose(limits, problem(32, 128256, 2048)) == Choice(8, 8, 1, 2, unrolled=True, quads=8)
     assert choose(limits, problem(48, 128256, 2048)) == long
     assert choose(limits, problem(192, 65536, 2048)) == long
     assert choose(limits, problem(500, 8192, 2048)) == large
     assert choose(limits, problem(512, 2048, 2048)) == replace(long, splits=2)
     assert choose(limits, problem(512, 512, 2048)) == replace(long, splits=8)
-    assert choose(limits, problem(512, 511, 2048)) == replace(long, quads=quads)
-    assert choose(limits, problem(512, 512, 2048, sizes=(1, 1, 1, 2))) == replace(long, quads=quads)
+    assert choose(limits, problem(512, 511, 2048)) == replace(long, quads=8)
+    assert choose(limits, problem(512, 512, 2048, sizes=(1, 1, 1, 2))) == replace(long, quads=8)
     assert choose(limits, problem(64, 64, 200)) == deep
-    assert choose(limits, problem(20, 2048, 2048)) == Choice(8, 8, 1, 2, 16, quads=quads)
-    assert choose(limits, problem(200, 20, 64)) == Choice(8, 8, 2, 1, quads=quads)
+    assert choose(limits, problem(20, 2048, 2048)) == Choice(8, 8, 1, 2, 16, quads=8)
+    assert choose(limits, problem(200, 20, 64)) == Choice(8, 8, 2, 1, quads=8)
     assert choose(limits, problem(20, 20, 16)) == Choice(8, 8, 1, 1)  # one step
-    assert choose(limits, problem(64, 8192, 2048, gated=True)) == replace(long, quads=quads)
+    assert choose(limits, problem(64, 8192, 2048, gated=True)) == replace(long, quads=8)
     assert choose(limits, problem(128, 8192, 2048, gated=True)) == long
     packed = problem(20, 2048, 2048, format=Format(2048, 4, 32, "f16", zeros=False))
     assert choose(limits, packed) == Choice(8, 8, 1, 2, 16)
