@@ -36,6 +36,9 @@ STREAM_LANES = 256
 SHORT_PROMPT = 3 << 16
 """Tiles of four rows times rows of the cache up to which more than DECODE_ROWS rows take the stream kernel as well: it
 has many workgroups that wait for few loads, the flash kernel few, which walk over keys and head size in steps."""
+FEW_ROWS = 64
+"""Query rows times heads of a group up to which they take it whatever the cache holds: there the flash kernel has a few
+tiles a KV head, which is slower while the cache is short, and no faster when it is full (docs/KERNELS.md)."""
 KEYS_OF_A_SPLIT = 128
 """Keys below which a split of such a prompt is not worth its partial result."""
 STREAM_WORKGROUPS = 256
@@ -207,10 +210,11 @@ class StreamChoice:
         return max(TILE, min(self.step, 64))
 
 
-def is_short(problem: Problem) -> bool:
+def suits_stream(problem: Problem) -> bool:
     """Whether more than DECODE_ROWS rows take the stream kernel, where the device has subgroups."""
-    tiles = problem.batch * problem.kv_heads * -(-problem.group * problem.rows // 4)
-    return tiles * problem.capacity <= SHORT_PROMPT
+    count = problem.group * problem.rows
+    tiles = problem.batch * problem.kv_heads * -(-count // 4)
+    return count <= FEW_ROWS or tiles * problem.capacity <= SHORT_PROMPT
 
 
 def stream_variant(variant: str) -> dict[str, int]:

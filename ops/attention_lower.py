@@ -27,7 +27,7 @@ from .attention_common import (
     tensor_shape,
     types_of,
 )
-from .attention_decode import DECODE_ROWS, cell_columns, choose_decode, choose_stream, decode, is_short, stream
+from .attention_decode import DECODE_ROWS, cell_columns, choose_decode, choose_stream, decode, stream, suits_stream
 from .attention_flash import choose_flash, flash
 from .attention_prefill import prefill
 from .base import Dispatch, Lowering, Param
@@ -51,7 +51,7 @@ def attend(ctx: Lowering, args: Mapping[str, Arg], out: Ref) -> Iterator[Dispatc
     common = shared_params(ctx, args, problem, out)
     route = str(args.get("route", "auto"))
     few = problem.rows <= DECODE_ROWS
-    if route == "stream" or (route == "auto" and (few or (is_short(problem) and not bits_of(args)))):
+    if route == "stream" or (route == "auto" and (few or (suits_stream(problem) and not bits_of(args)))):
         variant = str(args.get("variant", "auto")) if route == "stream" else "auto"
         streamed = choose_stream(problem, ctx.limits, cell_columns(ctx, args), variant)
         if streamed is not None:

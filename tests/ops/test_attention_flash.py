@@ -12,7 +12,7 @@ import pytest
 from executorch_webgpu import wgsl
 from executorch_webgpu.backend.graph import Arg
 from executorch_webgpu.ops.attention_common import Problem
-from executorch_webgpu.ops.attention_decode import DECODE_ROWS, SHORT_PROMPT, is_short
+from executorch_webgpu.ops.attention_decode import DECODE_ROWS, FEW_ROWS, SHORT_PROMPT, suits_stream
 from executorch_webgpu.ops.attention_flash import (
     MAX_SCRATCH,
     VARIANTS,
@@ -356,15 +356,18 @@ def test_routes(case: Case, kernels: list[str], on: str) -> None:
         (Case(4, 2, 16, 9, 256), ["attention_stream", "attention_merge"]),
         (Case(8, 2, 16, 64, 1100, window=40), ["attention_stream", "attention_merge"]),
         (Case(32, 2, 16, 61, 96, mask="f32", softcap=5.0), ["attention_stream"]),
+        (Case(8, 2, 16, 16, 6200), ["attention_stream", "attention_merge"]),
+        (Case(8, 2, 16, 17, 6200), SPLIT),
         (Case(8, 2, 16, 65, 3100), PLAIN),
     ],
 )
-def test_short_prompts_stream(case: Case, kernels: list[str]) -> None:
+def test_few_rows_and_short_prompts_stream(case: Case, kernels: list[str]) -> None:
     """Many workgroups that wait for one load each are faster than few that walk; large problems are not for them."""
     on = device("full")
     shape = Problem(1, case.heads, case.kv_heads, case.rows, case.capacity, case.d, case.d)
-    tiles = case.kv_heads * -(-case.heads // case.kv_heads * case.rows // 4)
-    assert is_short(shape) == (tiles * case.capacity <= SHORT_PROMPT) == (kernels[0] == "attention_stream")
+    count = case.heads // case.kv_heads * case.rows
+    streams = count <= FEW_ROWS or case.kv_heads * -(-count // 4) * case.capacity <= SHORT_PROMPT
+    assert suits_stream(shape) == streams == (kernels[0] == "attention_stream")
     if not on.limits.subgroup_size or case.d > 8 * on.limits.subgroup_size:
         kernels = ["attention_flash"]
     loaded, start = Attention(case, "full"), case.capacity - case.rows - 3
