@@ -277,7 +277,8 @@ class BatchSequences:
         if source is target:
             raise InputError(f"row {row} cannot be forked to itself")
         if other is not self:
-            if other.method.device is not self.method.device or other.model_id != self.model_id:
+            names = [(batch.method.device, batch.method.identity, batch.model_id) for batch in (self, other)]
+            if names[0] != names[1]:
                 raise InputError("the other batch runs another program, or on another device")
             other._check_room(None, len(source.tokens), f"a fork of {len(source.tokens):,} tokens")
         self._ready()
@@ -458,8 +459,8 @@ class BatchSequences:
         if length + count > self.capacity:
             where = "" if row is None else f"row {row.number}: "
             raise InputError(
-                f"{where}{what} after {length:,} would exceed the program's capacity of {self.capacity:,} tokens; "
-                "shorten the prompt, reset the row, or export the model with a longer context"
+                f"{where}{what} after {length:,} would exceed the program's capacity of {self.capacity:,} tokens"
+                f"{self.convention.note}; shorten the prompt, reset the row, or export the model with a longer context"
             )
 
     # -- end

@@ -45,6 +45,7 @@ class Ragged:
         every: whether the logits of every token come back, [B, S, V], not only of each row's last one, [B, V].
         dtypes: host dtypes of tokens, past and q_len.
         shapes: those of past and q_len, each with B elements.
+        note: as `Convention.note`.
     """
 
     rows: int
@@ -54,6 +55,7 @@ class Ragged:
     every: bool
     dtypes: tuple[str, str, str] = ("i64", "i32", "i32")
     shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((-1,), (-1,))
+    note: str = ""
 
     def inputs(self, ids: Sequence[Sequence[int]], past: Sequence[int], size: int) -> list[Array]:
         """The arguments of one call: row b gets `ids[b]`, at most `size` of them (none: it stays idle), at `past[b]`.
@@ -87,6 +89,8 @@ class Convention:
         rewindable: whether all state is caches with a row for each position, so that going back is only counting.
         dtypes: host dtypes of the two inputs.
         ragged: the convention of a program for batches, of one row.
+        note: what messages about the capacity end with: in parentheses, the program's own number where it is larger
+            than what the program can run, and what limits it; empty else.
     """
 
     every_position: bool
@@ -96,6 +100,7 @@ class Convention:
     rewindable: bool
     dtypes: tuple[str, str] = ("i64", "i64")
     ragged: Ragged | None = None
+    note: str = ""
 
     def inputs(self, ids: Sequence[int], position: int) -> list[Array]:
         """The arguments of one call that puts `ids` (at most `chunk`) at `position` and after."""
@@ -119,7 +124,10 @@ def find_convention(method: Method, constants: Mapping[str, Any], prompts: bool 
     Args:
         prompts: it may take exactly so many tokens a call, because another method takes single ones.
         constants: constant methods of the program; `get_max_context_len`, else `get_max_seq_len`, gives the
-            capacity. Without them it is looked for in the range checks of the program's kernels.
+            capacity. Without them, and where they name more than that, it is the number of positions that the range
+            checks of the program's kernels let pass: rows of caches that have one for each position, of tables of
+            embeddings, and ranges of the export. Ring buffers take any position; what only later parts of a program of
+            several delegates refuse is not seen.
     Raises:
         UnsupportedError: it is no decoder for one sequence at a time; says what its inputs and outputs are.
         InputError: the capacity is no positive integer.
@@ -135,7 +143,7 @@ def find_convention(method: Method, constants: Mapping[str, Any], prompts: bool 
         if ragged.rows != 1:
             raise refuse(f"it takes batches of {ragged.rows} rows with lengths of their own; BatchGenerator runs those")
         return Convention(
-            False, ragged.chunk, ragged.vocabulary, ragged.capacity, rewindable, ragged.dtypes[:2], ragged
+            False, ragged.chunk, ragged.vocabulary, ragged.capacity, rewindable, ragged.dtypes[:2], ragged, ragged.note
         )  # fmt: skip
     if len(meta.inputs) != 2:
         raise refuse(f"it has {len(meta.inputs)} inputs, not 2")
@@ -163,18 +171,21 @@ def find_convention(method: Method, constants: Mapping[str, Any], prompts: bool 
         raise refuse(f"its first output is {show(found)}, not logits f32[1, V] or f32[1, S, V]")
     each = positions.dynamic or positions.sizes[0] > 1
     draft = Convention(each, chunk, found.sizes[-1], None, False, (tokens.dtype, positions.dtype))
-    capacity = constant_size(constants, ("get_max_context_len", "get_max_seq_len"))
-    if capacity is None:
-        capacity = _checked_capacity(method, draft)
+    name, named = _named_size(constants, ("get_max_context_len", "get_max_seq_len"))
+    capacity = _checked_capacity(method, draft, 1 if tokens.dynamic else chunk, named)
+    note = ""
+    if named is not None and capacity is not None and capacity < named:
+        note = f" ({name} is {named:,}, but the program takes positions up to {capacity - 1:,} only)"
     rewindable = capacity is not None and _by_position(method, capacity)
-    return Convention(draft.every_position, chunk, draft.vocabulary, capacity, rewindable, draft.dtypes)
+    return replace(draft, capacity=capacity, rewindable=rewindable, note=note)
 
 
 def find_ragged(method: Method, constants: Mapping[str, Any]) -> Ragged:
     """The convention of a method for batches of rows with lengths of their own.
 
     Args:
-        constants: constant methods of the program; `get_max_context_len` gives the capacity, else the kernels' own.
+        constants: constant methods of the program; `get_max_context_len` gives the capacity, as far as the caches have
+            so many rows.
     Raises:
         UnsupportedError: it is no such decoder; says what its inputs and outputs are. Or its state is more than caches
             with a row for each position, so that rows cannot be reused.
@@ -224,18 +235,19 @@ def _ragged(method: Method, constants: Mapping[str, Any]) -> tuple[Ragged, bool]
         or found.sizes[0] != rows
     ):
         raise refuse(f"its first output is {show(found)}, not logits f32[{rows}, V] or f32[{rows}, S, V]")
-    capacity = constant_size(constants, ("get_max_context_len",))
-    if capacity is None:
-        known = [
-            node.args["capacity"]
-            for delegate in method.delegates
-            for node in delegate.graph.nodes
-            if node.op == "webgpu.lengths"
-        ]
-        sizes = [size for size in known if isinstance(size, int)]
-        if not sizes:
-            raise refuse("neither a constant method get_max_context_len nor its caches say how many tokens a row has")
-        capacity = min(sizes)
+    name, named = _named_size(constants, ("get_max_context_len",))
+    known = [
+        node.args["capacity"]
+        for delegate in method.delegates
+        for node in delegate.graph.nodes
+        if node.op == "webgpu.lengths"
+    ]
+    sizes = [size for size in (named, *known) if isinstance(size, int)]
+    if not sizes:
+        raise refuse("neither a constant method get_max_context_len nor its caches say how many tokens a row has")
+    capacity, note = min(sizes), ""
+    if named is not None and capacity < named:
+        note = f" ({name} is {named:,}, but the caches have {capacity:,} rows)"
     past, q_len = (info for info in lengths if info is not None)
     made = Ragged(
         rows,
@@ -245,6 +257,7 @@ def _ragged(method: Method, constants: Mapping[str, Any]) -> tuple[Ragged, bool]
         len(found.sizes) == 3,
         (tokens.dtype, past.dtype, q_len.dtype),
         (past.sizes, q_len.sizes),
+        note,
     )
     return replace(made, chunk=min(chunk, capacity)), _by_position(method, capacity)
 
@@ -282,28 +295,57 @@ def calls(method: Method) -> list[tuple[Delegate, list[int | None], list[int]]]:
     return found
 
 
-def _checked_capacity(method: Method, convention: Convention) -> int | None:
-    """How many positions the range checks of the delegates let pass, one token at a time; None if any."""
+def _named_size(constants: Mapping[str, Any], names: Sequence[str]) -> tuple[str, int | None]:
+    """The first of these constant methods that there is, and its value; the last name and None without one."""
+    name = next((name for name in names if name in constants), names[-1])
+    return name, constant_size(constants, (name,))
+
+
+def _checked_capacity(method: Method, convention: Convention, size: int, most: int | None) -> int | None:
+    """How many tokens the range checks of the delegates let pass, run `size` at a time (more than 1 where a method
+    takes exactly so many); nothing is executed.
+
+    Args:
+        most: no more are looked for; None: as many as there may be.
+    Returns:
+        At most `most`; that itself, or None for any number, where no check refuses a position, or already the first,
+        so that running it says why.
+    """
     accepts = [
-        _position_check(delegate, [int(place) for place in given if place is not None], convention)
+        _position_check(delegate, [int(place) for place in given if place is not None], convention, size)
         for delegate, given, _ in calls(method)
         if None not in given
     ]
-    low, high = 0, _POSITIONS
+
+    def accept(position: int) -> bool:
+        return all(one(position) for one in accepts)
+
+    low, high = 0, max((_POSITIONS if most is None else most) - size + 1, 0)
+    if high == 0 or accept(high - 1) or not accept(0):
+        return most
     while low < high:  # the first position that some check refuses
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if all(accept(middle) for accept in accepts) else (low, middle)
-    return None if low == _POSITIONS else low
+        low, high = (middle + 1, high) if accept(middle) else (low, middle)
+    return low + size - 1
 
 
-def _position_check(delegate: Delegate, given: Sequence[int], convention: Convention) -> Callable[[int], bool]:
-    """A test whether a delegate takes one token at a position; nothing is executed."""
+def _position_check(
+    delegate: Delegate, given: Sequence[int], convention: Convention, size: int
+) -> Callable[[int], bool]:
+    """A test whether a delegate takes `size` tokens at a position and after."""
 
     def inputs(position: int) -> list[tuple[str, Array]]:
-        arrays = convention.inputs([0], position)
+        arrays = convention.inputs([0] * size, position)
         return [to_host(arrays[place]) for place in given]
 
-    plan = delegate.plan(delegate.bind(inputs(0)))
+    try:
+        env = delegate.bind(inputs(0))
+    except InputError:
+        return lambda position: False
+    with delegate.device.lock:  # nodes are lowered, not bound: the first call decides how large temporaries are
+        lowered = delegate.planner.lowered(env.__getitem__)
+    checks = dict.fromkeys(check for node in lowered for check in node.checks)
+    element_checks = dict.fromkeys(check for node in lowered for check in node.element_checks)
 
     def accept(position: int) -> bool:
         arrays = inputs(position)
@@ -311,9 +353,9 @@ def _position_check(delegate: Delegate, given: Sequence[int], convention: Conven
             env: dict[Sym, int] = delegate.bind(arrays)
         except InputError:
             return False
-        if any(not check.low <= evaluate(check.dim, env.__getitem__) <= check.high for check in plan.checks):
+        if any(not check.low <= evaluate(check.dim, env.__getitem__) <= check.high for check in checks):
             return False
-        for check in plan.element_checks:
+        for check in element_checks:
             array = arrays[delegate.graph.inputs.index(check.value)][1]
             if not (check.low <= int(array.min()) and int(array.max()) <= check.high):
                 return False

@@ -88,14 +88,15 @@ class Generator(Session):
         steps_per_submit: decode steps that are submitted together; a submit runs while the host encodes the next, so
             a stop token is noticed up to two submits late, and what ran past it is dropped. None: as many as take a
             few hundredths of a second. 0: one step at a time, its logits are read and the host chooses.
-        state: use these buffers instead (`Program.new_state`, `Method.new_state`); the caller closes them.
+        state: use these buffers instead (`Program.new_state`, `Method.new_state` of the same program, which may be
+            another object of the same file); the caller closes them.
         prefill: method for prompts, by name (or loaded, where `source` is a method); it may take exactly so many
             tokens a call, and shares its state with the other. None: found from the types of the methods' inputs.
         decode: name of the method for single tokens.
     Raises:
         UnsupportedError: a method is no decoder, and names its inputs; two methods do not keep the same state.
-        InputError: steps_per_submit is no integer of at least 0; it is not clear which methods to use; something was
-            closed.
+        InputError: steps_per_submit is no integer of at least 0; it is not clear which methods to use; the state, or
+            a method, is another program's; something was closed.
         MissingDataError, DeviceError: as `Program.load_method`.
     """
 

@@ -75,6 +75,12 @@ def open_methods(
     first = step if prefill is None or prefill is source else prefill
     if first.state is not step.state:
         check_state(step, first)  # before the other method's buffers are made in this state
+        if first.identity != step.identity:
+            raise InputError(
+                f"methods {first.name} and {step.name} are of two programs ({first.identity[:12]} and "
+                f"{step.identity[:12]}): what one's weights leave in the state means nothing to the other; export both "
+                "methods into one program"
+            )
         first = first.on_state(step.state)
         opened.append(first)
     return step, first

@@ -63,6 +63,7 @@ class Session:
     def _begin(self, step: Part, first: Part, opened: list[Method]) -> None:
         """Start with an empty sequence; `opened` are the methods to close with it."""
         self._step, self._first = step, first
+        self._note = step.convention.note or first.convention.note
         self._tokens: list[int] = []
         self._run = 0
         """The first so many tokens are in the program's state."""
@@ -129,7 +130,8 @@ class Session:
 
     @property
     def capacity(self) -> int | None:
-        """The most ids the sequence can have; None if the program names no limit."""
+        """The most ids the sequence can have: as many as the program names, or fewer where its caches have fewer rows;
+        None if there is no limit."""
         known = [c for c in (self._step.convention.capacity, self._first.convention.capacity) if c is not None]
         return min(known, default=None)
 
@@ -184,7 +186,7 @@ class Session:
         if not wanted:
             raise InputError("a sequence without tokens: reset the generator instead")
         if self.capacity is not None and len(wanted) > self.capacity:
-            raise InputError(f"{len(wanted):,} tokens exceed the program's capacity of {self.capacity:,}")
+            raise InputError(f"{len(wanted):,} tokens exceed the program's capacity of {self.capacity:,}{self._note}")
         pairs = zip(self._tokens, wanted, strict=False)
         common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._tokens), len(wanted)))
         self.rewind_to(common)
@@ -295,8 +297,8 @@ class Session:
     def _check_room(self, count: int, what: str) -> None:
         if self.capacity is not None and self.length + count > self.capacity:
             raise InputError(
-                f"{what} after {self.length:,} would exceed the program's capacity of {self.capacity:,} tokens; "
-                "shorten the prompt, reset the generator, or export the model with a longer context"
+                f"{what} after {self.length:,} would exceed the program's capacity of {self.capacity:,} tokens"
+                f"{self._note}; shorten the prompt, reset the generator, or export the model with a longer context"
             )
 
     def _call(self, count: int) -> tuple[Part, int]:
@@ -399,7 +401,7 @@ class Session:
             DeviceError: the device is out of memory.
         """
         self._ready()
-        state = State(self.method.device)
+        state = State(self.method.device, self.method.identity)
         try:
             state.copy_from(self.state, self._used().parts(self.method.device))
         except BaseException:
@@ -418,7 +420,8 @@ class Session:
         self._require_open()
         if not isinstance(snapshot, Snapshot):
             raise InputError(f"expected a snapshot, got {snapshot!r}")
-        if snapshot.model != self.model_id or snapshot.state.device is not self.method.device:
+        known = (snapshot.model, snapshot.state.program, snapshot.state.device)
+        if known != (self.model_id, self.method.identity, self.method.device):
             raise InputError("the snapshot belongs to another program or device")
         used = Used(snapshot.content.run if self.rewindable else None, self.capacity or 0)
         self.state.copy_from(snapshot.state, used.parts(self.method.device))

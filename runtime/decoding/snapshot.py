@@ -33,6 +33,7 @@ from ..errors import InputError, UnsupportedError
 from ..gpu.buffers import State
 from ..gpu.device import Device
 from ..gpu.host import STORAGE
+from ..gpu.random_weights import RandomWeights
 from ..methods.method import Method
 
 Array = np.ndarray[Any, Any]
@@ -240,11 +241,14 @@ def _scatter(runs: list[tuple[int, int]], flat: Array, whole: Array) -> None:
 
 
 def model_id(methods: Iterable[Method]) -> str:
-    """SHA-256 of methods' graphs, which name their weights by content: equal for equal programs."""
+    """SHA-256 of methods' graphs, which name their weights by content: equal for equal programs, whatever other methods
+    they have (`files.identity` names whole programs). With random weights for missing ones it is another model."""
     found = hashlib.sha256()
     for method in methods:
         for part in method.plan.delegates:
             found.update(hashlib.sha256(part.processed).digest())
+        if isinstance(method.weights, RandomWeights) and method.weights.made:
+            found.update(b"random weights")
     return found.hexdigest()
 
 

@@ -30,7 +30,7 @@ def verify_data(program: Program, data_files: Sequence[DataFile] = ()) -> int:
     """
     seen: set[str] = set()
     damaged: list[str] = []
-    for value in _stored(program):
+    for value in stored_values(program):
         key = value.data
         if key is None or key in seen:
             continue
@@ -50,7 +50,7 @@ def verify_data(program: Program, data_files: Sequence[DataFile] = ()) -> int:
     return len(seen)
 
 
-def _stored(program: Program) -> Iterator[Value]:
+def stored_values(program: Program) -> Iterator[Value]:
     """The values with data of all delegates of this package."""
     for plan in program.plans:
         for number, part in enumerate(plan.delegates):

@@ -112,15 +112,18 @@ def _key(value: Value) -> tuple[str, str]:
 class State:
     """Mutable buffers (KV caches and the like) by name; what a call leaves for the next one.
 
-    Two methods that are given the same State share the buffers whose names are equal.
+    Two methods of a program that are given the same State share the buffers whose names are equal.
 
     Attributes:
+        program: whose weights write the buffers, as `files.identity` names programs; None: the first whose method is
+            loaded on it.
         user: whose tokens the buffers hold; None: nobody's. Whoever finds another one here must not count on them.
         closed: whether the buffers were freed.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, program: str | None = None) -> None:
         self.device = device
+        self.program = program
         self.user: object = None
         self.closed = False
         self._buffers: dict[str, tuple[Any, Value, DataSource]] = {}
@@ -131,14 +134,24 @@ class State:
             raise InputError("this state was closed: make a new one")
 
     @staticmethod
-    def check(value: Any, device: Device) -> State:
-        """A state that methods on a device can use. Raises InputError for anything else."""
+    def check(value: Any, device: Device, program: str) -> State:
+        """A state that methods of a program on a device can use. Raises InputError for anything else."""
         if not isinstance(value, State):
             raise InputError(f"state is {value!r}, expected that of a method, or what new_state of a program gives")
         value.require_open()
         if value.device is not device:
             raise InputError("the state is on another device than the program: make one with its new_state")
+        value.require_program(program)
         return value
+
+    def require_program(self, program: str | None) -> None:
+        """InputError if the buffers are another program's: they hold what other weights made of the tokens."""
+        if None not in (self.program, program) and self.program != program:
+            raise InputError(
+                f"the state belongs to another program ({str(self.program)[:12]}; this one is {str(program)[:12]}), "
+                "and holds what other weights made: make one with this program's new_state, and export methods that "
+                "share a state into one program"
+            )
 
     def keep(self, known: Collection[str]) -> None:
         """Free all buffers but those of these names."""
@@ -193,11 +206,12 @@ class State:
         Args:
             parts: value, bytes of its buffer -> what to copy: (first byte, bytes), multiples of 4.
         Raises:
-            InputError: one of the states was closed.
+            InputError: one of the states was closed; they are of two programs.
             DeviceError: the device is out of memory; a buffer has another type here.
         """
         self.require_open()
         other.require_open()
+        self.require_program(other.program)
         with self.device.lock:
             pairs = [(*entry[:2], self._made(*entry[1:])[0]) for entry in other._buffers.values()]
             encoder = self.device.gpu.create_command_encoder(label="copy of a state")

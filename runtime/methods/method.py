@@ -117,6 +117,7 @@ class Method:
         metadata: types of inputs and outputs.
         delegates: the loaded delegates, in the program's order.
         state: the mutable buffers; give it to another method of the same program to share them.
+        identity: of the program, as `files.identity` names programs.
         family: all methods over the same weights.
         closed: whether its GPU memory was freed.
     """
@@ -129,18 +130,21 @@ class Method:
         device: Device,
         weights: Weights,
         state: State | None,
+        identity: str,
         like: Method | None = None,
         family: weakref.WeakSet[Method] | None = None,
     ) -> None:
         self.file = file
         self.data_files = data_files
         self.weights = weights
+        self.identity = identity
         self.closed = False
         self.plan = file.plan(name)
         self.metadata = describe(self.plan)
         self.device = device
         self._own_state = state is None
-        self.state = State(device) if state is None else state
+        self.state = State(device, identity) if state is None else state
+        self.state.require_program(identity)
         self._check_operators()
         source: DataSource = lambda key: file.find_named_data(key, data_files)  # noqa: E731
         twins = [None] * len(self.plan.delegates) if like is None else like.delegates
@@ -156,6 +160,8 @@ class Method:
             if not self._own_state:
                 self.state.keep(held)  # nothing is left of this method in a state that others use
             raise
+        if self.state.program is None:
+            self.state.program = identity
         self._label_inputs()
         # holds nothing of `self`: a method that nobody needs is freed at once, not by the garbage collector
         self._foresight = Foresight(
@@ -188,7 +194,7 @@ class Method:
             DeviceError: the device is out of memory; nothing is left of the state.
         """
         self._require_open()
-        state = State(self.device)
+        state = State(self.device, self.identity)
         try:
             for delegate in self.delegates:
                 delegate.fill_state(state)
@@ -204,15 +210,17 @@ class Method:
         Args:
             state: None for a new one, which belongs to the new method.
         Raises:
-            InputError: the method or the state was closed; the state is none, or on another device.
+            InputError: the method or the state was closed; the state is none, on another device, or another
+                program's.
             DeviceError: the device is out of memory; a buffer of that name has another type.
         """
         self._require_open()
         if state is not None:
-            State.check(state, self.device)
+            State.check(state, self.device, self.identity)
         with self.device.lock:
             return Method(
-                self.file, self.data_files, self.name, self.device, self.weights, state, self, self.family
+                self.file, self.data_files, self.name, self.device, self.weights, state, self.identity, self,
+                self.family,
             )  # fmt: skip
 
     def stored(self) -> dict[int, Any]:

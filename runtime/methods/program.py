@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any, BinaryIO
 
+from ..files.identity import program_identity
 from ..files.integrity import verify_data
 from ..files.ptd import DataFile
 from ..files.pte import Program as ProgramFile
@@ -82,6 +84,11 @@ class Program:
         """All methods, constant ones included."""
         return set(self.file.method_names)
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """A name for the program and its weights (see `files.identity`); states are tied to it."""
+        return program_identity(self.file, self.data_files, self.random_weights)
+
     @property
     def constants(self) -> dict[str, Any]:
         """Constant methods (`get_max_seq_len` and the like) by name, with their value (a list for several)."""
@@ -112,13 +119,13 @@ class Program:
             state: mutable buffers of another method of this program to share; None for own ones.
             progress: called with (bytes uploaded, bytes in all) after each piece of the weights.
         Raises:
-            InputError: no such method; the state is none, was closed, or is on another device.
+            InputError: no such method; the state is none, was closed, is on another device, or another program's.
             MissingDataError, DeviceError, UnsupportedError: it cannot run here; everything that was uploaded for it
             is freed.
         """
         device = self.runtime.device
         if state is not None:
-            State.check(state, device)
+            State.check(state, device, self.identity)
         with device.lock:
             return self._load(name, state, device, progress)
 
@@ -131,7 +138,9 @@ class Program:
         self._weights.progress = progress
         known = self._weights.known()
         try:
-            return Method(self.file, self.data_files, name, device, self._weights, state, family=self._family)
+            return Method(
+                self.file, self.data_files, name, device, self._weights, state, self.identity, family=self._family
+            )
         except BaseException:
             self._weights.keep(known)
             raise
@@ -151,8 +160,8 @@ class Program:
 
     def new_state(self) -> State:
         """An empty set of mutable buffers; a method that is loaded on it makes its own there, or finds those that
-        another method has made under the same names."""
-        return State(self.runtime.device)
+        another method has made under the same names. Other programs refuse it."""
+        return State(self.runtime.device, self.identity)
 
     def close(self) -> None:
         """Free all GPU memory of the program and its methods."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from executorch_webgpu.runtime import Generator, InputError, Program, Runtime, Sampling, UnsupportedError
+from executorch_webgpu.runtime.decoding import decoder
 from executorch_webgpu.runtime.decoding.decoder import find_convention
 from executorch_webgpu.runtime.decoding.generate import generate, generate_text
 from executorch_webgpu.runtime.decoding.tokenizer import TextStream, Tokenizer
@@ -157,8 +158,9 @@ def test_a_failed_call_leaves_the_sequence_as_it_was(
     program: Program, reference: list[int], monkeypatch: pytest.MonkeyPatch, rewindable: bool
 ) -> None:
     method = program.load_method()
-    # A capacity above the caches' rows is what a ring buffer looks like: its state must be rebuilt.
-    generator = Generator(method, {"get_max_seq_len": CAPACITY * (1 if rewindable else 10)})
+    if not rewindable:  # as if its state were not known to be caches by position: it must be rebuilt
+        monkeypatch.setattr(decoder, "_by_position", lambda method, capacity: False)
+    generator = Generator(method, program)
     assert generator.convention.rewindable == rewindable
     generator.append_tokens(PROMPT)
     execute, calls = method.execute, []
@@ -207,8 +209,9 @@ def test_rewinding_forward_is_an_error(generator: Generator) -> None:
             generator.rewind_to(length)
 
 
-def test_state_without_rows_cannot_be_rewound(text_generator: Generator) -> None:
-    generator = Generator(text_generator.method, {"get_max_seq_len": 10 * CAPACITY})
+def test_state_without_rows_cannot_be_rewound(text_generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "_by_position", lambda method, capacity: False)
+    generator = Generator(text_generator.method)
     generator.append_tokens(PROMPT)
     with pytest.raises(UnsupportedError, match="can only be reset"):
         generator.rewind_to(2)
