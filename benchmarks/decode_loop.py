@@ -69,6 +69,10 @@ class Decoder(Protocol):
         """What each delegate gets in such a run."""
         ...
 
+    def whole(self) -> Whole:
+        """Which inputs of its only delegate are tokens and positions."""
+        ...
+
     def resident(self) -> Resident:
         """Its loop on the GPU."""
         ...
@@ -99,9 +103,12 @@ class RecordsDecoder:
     def inputs(self, tokens: Sequence[int], position: int) -> Sequence[Inputs]:
         return [[("i64", np.array([tokens], np.int64)), ("i64", np.array([position], np.int64))]]
 
+    def whole(self) -> Whole:
+        return Whole(self.loaded.delegate, 0, 1, 0)
+
     def resident(self) -> Resident:
         convention = Convention(False, self.capacity, self.sizes.vocabulary, self.capacity, True)
-        return Resident.of(Whole(self.loaded.delegate, 0, 1, 0), convention, self.capacity)
+        return Resident.of(self.whole(), convention, self.capacity)
 
     def record(self) -> dict[str, Any]:
         return dict(self.sizes.record())
@@ -151,8 +158,11 @@ class ProgramDecoder:
                 del delegate.execute
         return found
 
+    def whole(self) -> Whole:
+        return find_whole(self.method, self.convention)
+
     def resident(self) -> Resident:
-        return Resident.of(find_whole(self.method, self.convention), self.convention, self.capacity)
+        return Resident.of(self.whole(), self.convention, self.capacity)
 
     def record(self) -> dict[str, Any]:
         return {"vocabulary": self.convention.vocabulary, "capacity": self.capacity}
@@ -191,28 +201,28 @@ def single_steps(model: Decoder, token: int, position: int, steps: int) -> Run:
 
 def replayed_steps(model: Decoder, token: int, position: int, steps: int) -> Run:
     """As `single_steps`, with the step captured."""
-    [delegate] = model.delegates()
+    whole = model.whole()
     first = model.inputs([token], position)[0]
-    replay = Replay(delegate, first)
+    replay = Replay(whole.delegate, first)
     found = []
     with watched() as clock:
         for step in range(steps):
-            inputs = _moved(first, token, position + step)
+            inputs = _moved(first, whole, token, position + step)
             began = time.perf_counter()
             clock.start()
             outputs = replay.execute(inputs)
             clock.stop()
-            token = int(np.asarray(outputs[0][1]).reshape(-1).argmax())
+            token = int(np.asarray(outputs[whole.logits][1]).reshape(-1).argmax())
             ended = time.perf_counter()
             choose = ended - began - clock.total
             found.append(StepTimes(clock.encode, clock.submit, clock.wait, choose, ended - began))
     return Run(found)
 
 
-def _moved(inputs: Inputs, token: int, position: int) -> Inputs:
+def _moved(inputs: Inputs, whole: Whole, token: int, position: int) -> Inputs:
     """The inputs of a step with another token and position."""
-    (first, tokens), (second, positions) = inputs
-    return [(first, np.full_like(tokens, token)), (second, np.full_like(positions, position))]
+    values = {whole.tokens: token, whole.positions: position}
+    return [(dtype, np.full_like(array, values[place])) for place, (dtype, array) in enumerate(inputs)]
 
 
 def resident_steps(together: int) -> Mode:

@@ -49,6 +49,11 @@ def count(text: str) -> int:
     return _integer(text, 1)
 
 
+def count32(text: str) -> int:
+    """An integer of at least 1 that fits an unsigned word."""
+    return _integer(text, 1, 2**32 - 1)
+
+
 def natural(text: str) -> int:
     """An integer of at least 0."""
     return _integer(text, 0)

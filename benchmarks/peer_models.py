@@ -23,7 +23,7 @@ import numpy as np
 
 from examples.export_llama import SHAPES
 
-from .options import command, count
+from .options import command, count32
 
 Array = np.ndarray[Any, Any]
 BLOCK = 32
@@ -222,7 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("kind", choices=("gguf", "checkpoint"))
     parser.add_argument("path", type=Path, help="the file, or the folder of the checkpoint")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
-    parser.add_argument("--context", type=count, default=131072, help="the longest text that the model claims to read")
+    parser.add_argument(
+        "--context", type=count32, default=131072, help="the longest text that the model claims to read"
+    )
     options = parser.parse_args(arguments)
     write = write_gguf if options.kind == "gguf" else write_checkpoint
     write(options.path, Sizes.of(options.shape, options.context))

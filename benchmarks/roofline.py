@@ -40,7 +40,11 @@ def load(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            content = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ResultsError(f"{path}: no lines of text: {error}") from error
+        for number, text in enumerate(content.splitlines(), 1):
             if not text.strip():
                 continue
             try:

@@ -3,9 +3,9 @@ programs of two methods. Lowered to `.pte` once per process.
 
 `build("f16")` and `build("i32")` are `tiny_decoder`'s Llama with f16 caches, or with i32 tokens and positions;
 `build("recurrent")` has a state that every token mixes into; `build("ring")` sliding-window attention over a ring
-buffer, as ExecuTorch's exporter makes it; `build("long")` caches of LONG rows, and all logits; `build("both")` the
-methods `prefill` (S dynamic, all logits) and `decode` (one token); `build("exact")` the same with a prefill of exactly
-EXACT tokens.
+buffer, as ExecuTorch's exporter makes it; `build("long")` caches of LONG rows, and all logits; `build("cut")` caches
+that are cut at the position before attention, and all logits; `build("both")` the methods `prefill` (S dynamic, all
+logits) and `decode` (one token); `build("exact")` the same with a prefill of exactly EXACT tokens.
 """
 
 from __future__ import annotations
@@ -42,6 +42,23 @@ class Prefill(tiny_decoder.Llama):
     def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
         start = tiny_decoder._start(input_pos, tokens.shape[1])
         return self.step(tokens, self.positions.narrow(0, start, tokens.shape[1]), start)
+
+
+class Cut(Prefill):
+    """Reads its caches up to the last token, in operators of their own: sizes inside follow from the position."""
+
+    def step(self, tokens: torch.Tensor, positions: torch.Tensor, start: int) -> torch.Tensor:
+        length = tokens.shape[1]
+        x = torch.nn.functional.embedding(tokens, self.embedding) + positions
+        places = torch.arange(length) + start
+        for kept, weight in ((self.k_cache, self.k), (self.v_cache, self.v)):
+            kept.index_copy_(1, places, torch.nn.functional.linear(x, weight).view(1, length, KV_HEADS, HEAD))
+        k, v = (kept.narrow(1, 0, start + length)[0, :, 0] for kept in (self.k_cache, self.v_cache))
+        q = torch.nn.functional.linear(x, self.q).view(length, HEADS, HEAD).transpose(0, 1)
+        hidden = torch.arange(start + length)[None] > places[:, None]
+        scores = (q @ k.transpose(0, 1) * HEAD**-0.5).masked_fill(hidden, -1e9).softmax(-1)
+        y = (scores @ v).transpose(0, 1).reshape(1, length, HEADS * HEAD)
+        return torch.nn.functional.linear(x + y, self.out)
 
 
 class Long(tiny_decoder.Decoder):
@@ -131,6 +148,7 @@ def build(kind: str) -> bytes:
         "recurrent": {"forward": (Recurrent(), 1)},
         "ring": {"forward": (Ring(), None)},
         "long": {"forward": (Long(), None)},
+        "cut": {"forward": (Cut(), None)},
         "both": {"prefill": (Prefill(), None), "decode": (tiny_decoder.Static(), 1)},
         "exact": {"prefill": (Prefill(), EXACT), "decode": (tiny_decoder.Static(), 1)},
     }[kind]  # fmt: skip

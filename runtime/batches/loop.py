@@ -84,7 +84,7 @@ class BatchLoop:
         whole: the delegate; see `resident.find_whole`.
         steps: steps that are submitted together at most; None: `Batch.MOST`.
     Raises:
-        UnsupportedError: kernels read lengths from the host.
+        UnsupportedError: kernels read lengths from the host, or sizes inside the program follow from them.
         InputError, DeviceError: a step cannot be captured.
     """
 
@@ -132,6 +132,8 @@ class BatchLoop:
         plan = step.replay.plan()
         if plan is step.plan:
             return step
+        if plan.elements:
+            raise UnsupportedError(f"sizes follow from {self.delegate.labels.named(plan.elements[0])}, which changes")
         for dim in plan.live:
             if any(symbol.op == "scalar" for symbol in free_symbols(dim)):
                 raise UnsupportedError(f"kernels read {dim} from the host, which does not know it ahead")

@@ -123,7 +123,8 @@ class Resident:
         whole, convention: see `find_whole`.
         capacity: most tokens of a sequence.
     Raises:
-        UnsupportedError: live scalars do not grow evenly with the position; says which.
+        UnsupportedError: live scalars do not grow evenly with the position, or sizes inside the program follow from it;
+            says which.
         InputError, DeviceError: the step cannot be captured.
     """
 
@@ -178,6 +179,8 @@ class Resident:
         plan = self._replay.plan()
         if plan is self._bound and self.delegate.workspace.keeps(self._chooser):
             return plan
+        if plan.elements:
+            raise UnsupportedError(f"sizes follow from {self.delegate.labels.named(plan.elements[0])}, which changes")
         graph = self.delegate.graph
         output = graph.outputs[self.whole.logits]
         if not isinstance(output, Ref):

@@ -64,11 +64,12 @@ def to_host(value: Any) -> tuple[str, np.ndarray[Any, Any]]:
         return name, (value.view(torch.uint16) if name == "bf16" else value).numpy()
     if isinstance(value, bool):
         return "bool", np.asarray(value)
-    if isinstance(value, int):
-        return "i64", np.asarray(value, dtype=np.int64)
     if isinstance(value, float):
         return "f32", np.asarray(value, dtype=np.float32)
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value, dtype=np.int64 if isinstance(value, int) else None)
+    except (ValueError, TypeError, OverflowError) as error:  # rows of several lengths, an integer of more than 64 bits
+        raise InputError(f"an input of type {type(value).__name__} is no array: {error}") from error
     name = _NAMES.get(array.dtype.name)
     if name is None:
         raise InputError(f"an input of type {type(value).__name__} and dtype {array.dtype} is not supported")

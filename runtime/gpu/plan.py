@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import wgpu
 
 from ...backend.graph import Dim, Graph, Sym, evaluate
 from ...ops.base import Check, Dispatch, ElementCheck, Live, Lowering, find, viewed, with_node
-from ..errors import DeviceError
+from ..errors import DeviceError, InputError
 from . import native
 from .buffers import LiveTable, Pool, storage_size
 from .device import Device
@@ -76,11 +76,12 @@ class NodeCache:
         ctx = Lowering(self.graph, self.device.limits, free)
         ctx.node = node
         ctx.may_window = partial(self.windows.offset, index)
+        for output in node.outputs:  # sizes of results decide buffer sizes, whether a kernel looks at them or not
+            for dim in self.graph.values[output].shape:
+                if ctx.int(dim) < 0:
+                    raise InputError(f"{node.name}: {dim}, a size of its result, is {ctx.int(dim)}")
         view = self.graph.values[node.outputs[0]].alias is not None and viewed(self.graph, node) is not None
         dispatches = [] if view else [with_node(d, node) for d in op.lower(ctx, node) if 0 not in d.grid]
-        for output in node.outputs:  # sizes of results decide buffer sizes, whether a kernel looked at them or not
-            for dim in self.graph.values[output].shape:
-                ctx.int(dim)
         return Lowered(
             tuple(dispatches), ctx.scratch_values, tuple(ctx.checks), tuple(ctx.element_checks), frozenset(ctx.used),
             ctx.windows,
@@ -109,6 +110,7 @@ class Plan:
         buffers: value index -> GPU buffer of its storage.
         generation: of pool and live table when it was made; outdated if theirs differ.
         live: the expressions that its kernels read from the live table.
+        symbols: those whose values it was made for: with others it is another plan.
         dropped: its params were freed; it must not be encoded any more.
     """
 
@@ -121,7 +123,14 @@ class Plan:
     params: Any
     scratch_bytes: int
     live: frozenset[Dim]
+    symbols: frozenset[Sym]
     dropped: bool = False
+
+    @cached_property
+    def elements(self) -> list[Sym]:
+        """Of `symbols`, those that are elements of inputs, not sizes: a step with other numbers may need another
+        plan."""
+        return sorted((symbol for symbol in self.symbols if symbol.op == "scalar"), key=str)
 
 
 class Planner:
@@ -184,6 +193,7 @@ class Planner:
             params,
             sum(size for storage, size in sizes.items() if isinstance(storage, tuple)),
             frozenset(live.dim for _, dispatch in every for live in _live(dispatch).values()),
+            frozenset().union(*(node.used for node in lowered)),
         )
 
     def _liveness(

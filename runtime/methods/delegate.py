@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import wgpu
 
 from ...backend.graph import Graph, Ref, Sym, Value, dims, evaluate, free_symbols
 from ...backend.passes.large import split_large, with_parts
+from ...ops.base import Check
 from ..errors import DeviceError, InputError
 from ..gpu import native
 from ..gpu.buffers import DataSource, State, Weights
@@ -108,9 +109,8 @@ class Delegate:
             size = _stored_size(self.device, value)
             if size > limit:
                 raise DeviceError(
-                    f"{value.kind} {value.name} {value.dtype}{list(value.shape)} needs {size:,} bytes, but "
-                    f"this device binds at most {limit:,} ({self.device.name}); "
-                    "use another device or a smaller model"
+                    f"{value.kind} {value.name} {value.dtype}{list(value.shape)} needs {size:,} bytes, but this device "
+                    f"binds at most {limit:,} ({self.device.name}); use another device or a smaller model"
                 )
 
     def _collect_symbols(self) -> dict[Sym, None]:
@@ -188,9 +188,8 @@ class Delegate:
         element = evaluate(symbol.args[1], free)
         array = inputs[position][1].reshape(-1)
         if not 0 <= element < array.size:
-            raise InputError(
-                f"{self.labels.of(position)}: element {element} is needed, but it has {array.size} elements"
-            )
+            label = self.labels.of(position)
+            raise InputError(f"{label}: element {element} is needed, but it has {array.size} elements")
         return int(array[element])
 
     def check_range(self, symbol: Sym, value: int) -> None:
@@ -218,10 +217,7 @@ class Delegate:
         Raises:
             InputError: one fails; says what and the limits.
         """
-        for check in plan.checks:
-            value = evaluate(check.dim, env.__getitem__)
-            if not check.low <= value <= check.high:
-                raise InputError(f"{self.labels.named(check.what)}: {value} is outside [{check.low}, {check.high}]")
+        self._check_sizes(plan.checks, env)
         for item in plan.element_checks:
             position = self.graph.inputs.index(item.value)
             other = None if item.plus is None else self.graph.inputs.index(item.plus)
@@ -238,11 +234,17 @@ class Delegate:
                     f"[{item.low}, {item.high}] ({item.each} {at})"
                 )
 
+    def _check_sizes(self, checks: Iterable[Check], env: dict[Sym, int]) -> None:
+        for check in checks:
+            value = evaluate(check.dim, env.__getitem__)
+            if not check.low <= value <= check.high:
+                raise InputError(f"{self.labels.named(check.what)}: {value} is outside [{check.low}, {check.high}]")
+
     # -- plans
 
     @locked
     def plan(self, env: dict[Sym, int]) -> Plan:
-        """The plan for these symbol values, from the cache or made now."""
+        """The plan for these symbol values, from the cache or made now. Raises InputError for sizes out of range."""
         key = tuple(env[s] for s in self._key_symbols)
         plan = self._plans.get(key)
         if plan is not None and plan.generation == self.planner.generation:
@@ -251,6 +253,8 @@ class Delegate:
         free = self._lookup(env)
         lowered = self.planner.lowered(free)
         symbols = frozenset(self._key_symbols).union(*(node.used for node in lowered))
+        if any(symbol.op == "scalar" for symbol in symbols):  # sizes may be anything: look before memory is made
+            self._check_sizes((check for node in lowered for check in node.checks), env)
         if len(symbols) != len(self._key_symbols):
             self._key_symbols = tuple(sorted(symbols, key=str))
             self._drop_plans()
@@ -342,11 +346,8 @@ class Delegate:
             part = plan.launches[start : start + 2000]
             queries = self.device.gpu.create_query_set(type="timestamp", count=2 * len(part))
             for i, launch in enumerate(part):
-                stamps = {
-                    "query_set": queries,
-                    "beginning_of_pass_write_index": 2 * i,
-                    "end_of_pass_write_index": 2 * i + 1,
-                }
+                stamps = {"query_set": queries}
+                stamps |= {"beginning_of_pass_write_index": 2 * i, "end_of_pass_write_index": 2 * i + 1}
                 compute = encoder.begin_compute_pass(label=launch.node, timestamp_writes=stamps)
                 _launch(compute, launch)
                 compute.end()
@@ -442,11 +443,10 @@ class Delegate:
             made = OutputPart(value.dtype, kind, shape, plan.buffers[output.value], start, end, total)
             parts.append(made)
             total += -(-made.size // 8) * 8
-        if total:
-            target = self.read_back.reserve(total)
-            for part in parts:
-                if not isinstance(part, int) and part.size:
-                    encoder.copy_buffer_to_buffer(part.buffer, part.first, target, part.offset, part.size)
+        target = self.read_back.reserve(total) if total else None
+        for part in parts:
+            if not isinstance(part, int) and part.size:
+                encoder.copy_buffer_to_buffer(part.buffer, part.first, target, part.offset, part.size)
         submission = native.submit(self.device.gpu.queue, encoder.finish())
         self.device.counters.submits += 1
         self.device.counters.dispatches += len(plan.launches)

@@ -305,6 +305,8 @@ class Method:
         self, inputs: Sequence[Any], call: Callable[[Delegate, list[tuple[str, Any]]], list[tuple[str, Any]]]
     ) -> list[Any]:
         self._require_open()
+        if not isinstance(inputs, Sequence) or isinstance(inputs, str | bytes):
+            raise InputError(f"inputs of type {type(inputs).__name__}, expected a list with one value for each input")
         torch_wanted = any(is_torch(value) for value in inputs)
         slots = self._bind(inputs)
         first = self._foresight.first

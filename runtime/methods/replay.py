@@ -2,7 +2,8 @@
 
 A captured step keeps its plan: pipelines, bind groups, grids. What moves from step to step stands in GPU memory: input
 tensors, live scalars, caches, and the sizes of indirect grids, which kernels write. So a replayed step checks that the
-inputs have the captured shapes, writes what changed, and encodes the same records.
+inputs have the captured shapes, writes what changed, and encodes the same records. Only where sizes inside the program
+follow from elements of inputs (a cache that is cut at the position) does each of their values have a plan of its own.
 
 A plan that a larger call outdated meanwhile (its buffers grew) is bound again by the next replay. Nothing can be
 rebound by the caller: inputs are copied into the delegate's own buffers, states belong to one delegate.
@@ -45,7 +46,7 @@ class Replay:
 
     @locked
     def plan(self) -> Plan:
-        """The plan, bound to the buffers of now.
+        """The plan of the last step, bound to the buffers of now.
 
         Raises:
             InputError: the delegate was closed.
@@ -77,12 +78,13 @@ class Replay:
             raise InputError(
                 f"this step was captured with inputs {_shown(self._types)}, got {_shown(found)}: capture it again"
             )
-        plan = self.plan()
         env = dict(self._env)
         for symbol in self._scalars:
             env[symbol] = self.delegate.element(symbol, inputs, env.__getitem__)
             self.delegate.check_range(symbol, env[symbol])
-        return plan, env
+        if self._plan is None or any(env[symbol] != self._env[symbol] for symbol in self._plan.elements):
+            self._plan, self._env = None, env
+        return self.plan(), env
 
 
 def _shown(types: Sequence[tuple[str, tuple[int, ...]]]) -> str:

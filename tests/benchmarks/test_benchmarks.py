@@ -358,6 +358,31 @@ def test_decode_loop_of_a_program(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(value > 0 for value in step["host"].values())
 
 
+@pytest.mark.parametrize("kind", ["static", "hugging_face"])
+def test_captured_steps_get_token_and_position_in_the_delegates_order(kind: str, tmp_path: Path) -> None:
+    """A delegate's inputs stand as its operators first use them."""
+    file = tmp_path / "tiny.pte"
+    file.write_bytes(tiny_decoder.build(kind).pte)
+    model = decode_loop.ProgramDecoder(device("full"), str(file), ())
+    seen: list[list[int]] = []
+    try:
+        whole = model.whole()
+        inner = whole.delegate.run
+
+        def run(plan: Any, inputs: Any, *more: Any) -> Any:
+            seen.append([int(inputs[place][1].item()) for place in (whole.tokens, whole.positions)])
+            return inner(plan, inputs, *more)
+
+        setattr(whole.delegate, "run", run)  # noqa: B010
+        for mode in (decode_loop.single_steps, decode_loop.replayed_steps):
+            mode(model, 200, 3, 4)
+    finally:
+        model.close()
+    single, replayed = seen[:4], seen[-4:]
+    assert [position for _, position in replayed] == [3, 4, 5, 6]
+    assert replayed == single
+
+
 def test_decode_loop_of_a_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, several = tmp_path / "one.pte", tmp_path / "several.pte"
     one.write_bytes(tiny_decoder.build("llama").pte)

@@ -64,7 +64,8 @@ TINY = words("--layers 1 --dim 32 --heads 4 --kv-heads 2 --head-size 8 --ffn 32 
         (sessions.main, "x.pte --together 0", "of at least 1"),
         (sessions.main, "x.pte --generators 0", "of at least 1"),
         (sessions.main, "x.pte --prompt a,b", "of at least 0"),
-        (peer_models.main, "gguf x --context 0", "of at least 1"),
+        (peer_models.main, "gguf x --context 0", "from 1 to 4,294,967,295"),
+        (peer_models.main, "gguf x --context 4294967296", "from 1 to 4,294,967,295"),
     ],
 )
 def test_a_wrong_number_is_refused(main: Any, options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

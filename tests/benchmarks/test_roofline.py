@@ -88,6 +88,13 @@ def test_a_bad_result_file(text: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "bad.jsonl, line 1" in capsys.readouterr().err
 
 
+def test_a_file_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.pte"
+    file.write_bytes(b"\x98\xff")
+    assert roofline.main([str(file)]) == 1
+    assert "model.pte: no lines of text" in capsys.readouterr().err
+
+
 def test_the_plot_says_what_it_needs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

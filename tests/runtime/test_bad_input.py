@@ -162,6 +162,11 @@ WRONG: dict[str, tuple[Inputs, str]] = {
     "half": ((X, POSITION, OFFSET.half()), r"input 2: dtype f16, expected f32"),
     "not a tensor": ((X, POSITION, "text"), r"an input of type str"),
     "none": ((X, POSITION, None), r"an input of type NoneType"),
+    "rows of several lengths": ((X, [[1], [2, 3]], OFFSET), r"an input of type list is no array: .*inhomogeneous"),
+    "more than 64 bits": ((X, 2**70, OFFSET), r"an input of type int is no array: .*too large"),
+    "a tensor instead of a list": (X, r"inputs of type Tensor, expected a list with one value for each input"),  # type: ignore[dict-item]
+    "a number instead of a list": (5, r"inputs of type int, expected a list"),  # type: ignore[dict-item]
+    "names": ({"x": X, "p": POSITION, "o": OFFSET}, r"inputs of type dict, expected a list"),  # type: ignore[dict-item]
     "rank": ((X[0], POSITION, OFFSET), r"input 0: rank 3 with shape \[3, 2, 4\], expected rank 4"),
     "static size": ((X, POSITION, torch.zeros(D + 1)), r"input 2: size 5 at axis 0.* exactly 4"),
     "broadcast": ((X, POSITION, torch.zeros(1)), r"input 2: size 1 at axis 0.* exactly 4"),

@@ -4,7 +4,7 @@ happens between, and errors instead of stale results."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -12,12 +12,22 @@ import numpy as np
 import pytest
 
 from executorch_webgpu.backend.graph import Sym
-from executorch_webgpu.runtime import Generator, InputError, Program, Runtime, Sampling, State, UnsupportedError
+from executorch_webgpu.runtime import (
+    BatchGenerator,
+    Generator,
+    InputError,
+    Program,
+    Runtime,
+    Sampling,
+    State,
+    UnsupportedError,
+)
 from executorch_webgpu.runtime.decoding.resident import Batch, Resident, find_whole, growth
 from executorch_webgpu.runtime.errors import DeviceError, WebGPUDelegateError
 from executorch_webgpu.runtime.gpu.host import to_host
+from executorch_webgpu.runtime.gpu.plan import Plan
 from executorch_webgpu.runtime.methods.replay import Replay
-from tests import tiny_decoder
+from tests import tiny_decoder, tiny_states
 from tests.harness import DEVICES, device
 from tests.tiny_decoder import CAPACITY, STOP
 
@@ -152,6 +162,77 @@ def test_E16_profiling_changes_nothing(llama: Program) -> None:
         np.testing.assert_array_equal(
             logits(profiled.profile(step(5, position))[0]), logits(plain.execute(step(5, position)))
         )
+
+
+# -- sizes that follow from the position
+
+
+@pytest.fixture
+def cut(on: str) -> Iterator[Program]:
+    with Runtime(device(on)).load_program(tiny_states.build("cut")) as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_replay_at_another_position_takes_the_plan_of_its_sizes(cut: Program, count: int) -> None:
+    fresh, captured = cut.load_method().delegates[0], cut.load_method().delegates[0]
+
+    def call(position: int) -> list[tuple[str, Any]]:
+        return [to_host(np.arange(count)[None] + 5 * position), to_host(np.array([position]))]
+
+    replay = Replay(captured, call(0))
+    for position in (0, count, 2 * count, 0, count, CAPACITY - count):
+        np.testing.assert_array_equal(logits(replay.execute(call(position))), logits(fresh.execute(call(position))))
+
+
+def test_decoding_takes_one_step_at_a_time_where_sizes_follow_from_the_position(cut: Program) -> None:
+    expected = tiny_decoder.greedy(PROMPT, 12)
+    for steps in (0, 1, 4, None):
+        generator = made(cut, steps)
+        assert list(tokens(generator, 12)) == expected
+        if steps != 0:
+            assert str(generator.fallback).startswith("sizes follow from input_pos[0]")
+        generator.rewind_to(len(PROMPT))
+        drafted = generator.generate((), 12, stop_ids=(), speculate=Known([*PROMPT, *expected]))
+        assert list(drafted.tokens) == expected
+        assert drafted.speculation is not None
+        assert drafted.speculation.accepted == drafted.speculation.drafted > 0
+
+
+class Known:
+    """A drafter that knows the text."""
+
+    most, adaptive = 2, False
+
+    def __init__(self, text: list[int]) -> None:
+        self.text = text
+
+    def begin(self, *_: object) -> Known:
+        return self
+
+    def draft(self, tokens: Sequence[int], count: int) -> list[int]:
+        return self.text[len(tokens) : len(tokens) + count]
+
+
+@pytest.mark.parametrize("position", [CAPACITY, 10**6, 2**31 - 1, 2**31, -3, -(2**31), -(2**63)])
+def test_a_position_without_sizes_is_refused_before_memory_is_made(cut: Program, position: int) -> None:
+    method = cut.load_method()
+    first = method.execute([np.array([[4]]), np.array([0])])[0]
+    memory, before = cut.runtime.device.memory.total, device_counters(cut)
+    with pytest.raises(InputError, match=r"outside \[-24, 23\]|a size of its result, is -"):
+        method.execute([np.array([[4]]), np.array([position])])
+    assert cut.runtime.device.memory.total == memory
+    assert cut.runtime.device.counters.since(before).submits == 0
+    np.testing.assert_array_equal(method.execute([np.array([[4]]), np.array([0])])[0], first)
+
+
+def test_batches_refuse_such_sizes(monkeypatch: pytest.MonkeyPatch, on: str) -> None:
+    monkeypatch.setattr(Plan, "elements", [Sym("scalar", (1, 0))])
+    with (
+        Runtime(device(on)).load_program(tiny_decoder.build("ragged").pte) as program,
+        BatchGenerator(program) as batch,
+    ):
+        assert batch.fallback == "sizes follow from past[0], which changes"
 
 
 # -- decoding on the GPU
