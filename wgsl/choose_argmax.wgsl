@@ -1,8 +1,8 @@
-// First step of choosing a token (runtime/decoding/chooser.py): scores after the repetition penalty, as keys that order like them (choose_keys.wgsl),
-// and the largest key with its lowest id for each chunk of 1,024 tokens. A seen token's positive score is divided by the penalty, a
-// negative one multiplied.
+// First step of choosing a token (runtime/decoding/chooser.py): scores, rounded to the dtype of the program's logits and after the repetition
+// penalty, as keys that order like them (choose_keys.wgsl), and the largest key with its lowest id for each chunk of 1,024 tokens. A seen
+// token's positive score is divided by the penalty, a negative one multiplied.
 //
-// Appended by the host: alias Logit (storage), choose_keys.wgsl.
+// Appended by the host: alias Logit (storage), choose_keys.wgsl, choose_round_<dtype of the logits>.wgsl.
 //
 // One workgroup: one chunk (x) of one row (y), four tokens an invocation, joined by a tree. params.store also keeps the keys, which later
 // steps read instead of computing scores again (their bits must agree); params.clear words of histograms are zeroed on the way.
@@ -48,7 +48,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     for (var j = 0u; j < CHUNK; j += WG) {
         let id = wid.x * CHUNK + j + lane;
         if (id < params.vocabulary) {
-            let score = f32(logits[params.offset + row * params.stride + id]);
+            let score = rounded(f32(logits[params.offset + row * params.stride + id]));
             let mine = key_of(penalised(score, penalty, row, id));
             if (params.store == 1u) { keys[row * params.vocabulary + id] = mine; }
             if (mine > key) {

@@ -149,10 +149,9 @@ class BatchLoop:
         output = graph.outputs[self.whole.logits]
         if not isinstance(output, Ref) or self.whole.lengths is None:
             raise AssertionError("find_whole made sure of this")
-        kind = self.device.limits.wgsl_type(graph.storage_dtype(output.value))
         stride = convention.vocabulary * (size if convention.every else 1)
         # A row that chooses has one new token: its logits come first, even where those of every token are given.
-        logits = Logits(plan.buffers[output.value], 0, stride, kind)
+        logits = Logits.of(self.device, graph, output, plan.buffers[output.value], stride)
         tokens, past, q_len = self._buffers(plan)
         targets = [Target(tokens)] if size == 1 else []
         lengths = Lengths(past, q_len, convention.capacity)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ... import wgsl
 from ...ops.base import Dispatch, Param
@@ -33,10 +33,15 @@ _PARTS = {
 """Kernel -> files without an entry point that are appended to it."""
 
 
+ROUNDING = {"f32": "choose_round_f32", "f16": "choose_round_f16", "bf16": "choose_round_bf16"}
+"""Dtype of a program's logits -> the file that rounds to it, which `choose_argmax` needs as well."""
+
+
 def choice_dispatch(
-    kernel: str, params: Mapping[str, Param], grid: tuple[int, int, int], types: Mapping[str, str] | None = None
-) -> Dispatch:
-    body = "\n".join(wgsl.source(part) for part in _PARTS[kernel])
+    kernel: str, params: Mapping[str, Param], grid: tuple[int, int, int], types: Mapping[str, str] | None = None,
+    parts: Sequence[str] = (),
+) -> Dispatch:  # fmt: skip
+    body = "\n".join(wgsl.source(part) for part in (*_PARTS[kernel], *parts))
     return Dispatch(kernel, {}, params, grid, types=types or {}, body=body)
 
 

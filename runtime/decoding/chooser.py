@@ -2,7 +2,8 @@
 
 The choice is that of `sampling.choose`: penalty, temperature, top-k, top-p, min-p, and the same random number. How:
 
-1. `choose_argmax`: every score as a key of 32 bits that orders like it; the largest of each chunk of 1,024 tokens.
+1. `choose_argmax`: every score, rounded to the dtype of the program's logits, as a key of 32 bits that orders like it;
+   the largest of each chunk of 1,024 tokens.
 2. `choose_level`, for top-k and top-p: the key of the last token kept, by radix selection, three levels each.
 3. `choose_sums`: the mass of the kept tokens of each chunk.
 4. `choose_draw`: random number, chunk, token; or `choose_greedy` after 1: the largest of all. This one writes the
@@ -23,12 +24,13 @@ from typing import Any
 import numpy as np
 import wgpu
 
+from ...backend.graph import Graph, Ref
 from ...ops.base import Dispatch, Param
 from ..errors import DeviceError, InputError
 from ..gpu.device import Device
 from ..gpu.kernel import Kernel, KernelKey
 from ..gpu.plan import Launch
-from .choice_kernels import HISTOGRAM, choice_dispatch, pack_settings, search_levels
+from .choice_kernels import HISTOGRAM, ROUNDING, choice_dispatch, pack_settings, search_levels
 from .sampling import Sampling
 
 CHUNK = 1024
@@ -51,12 +53,21 @@ class Logits:
         offset: bytes before the first of row 0's last logits, a multiple of the element's size.
         stride: elements from row to row.
         type: WGSL element type, `f32` or `f16`.
+        dtype: of the program's logits, `f32`, `f16` or `bf16`: what is kept as f32 is rounded to it, as it is for the
+            host, so that both choose from the same numbers (rounding makes ties, and then the lowest id counts).
     """
 
     buffer: Any
     offset: int
     stride: int
     type: str = "f32"
+    dtype: str = "f32"
+
+    @classmethod
+    def of(cls, device: Device, graph: Graph, output: Ref, buffer: Any, stride: int) -> Logits:
+        """Those that are an output of a graph, from the buffer's first byte on."""
+        kind = device.limits.wgsl_type(graph.storage_dtype(output.value))
+        return cls(buffer, 0, stride, kind, graph.values[output.value].dtype)
 
 
 @dataclass(frozen=True)
@@ -287,6 +298,7 @@ class Chooser:
         require(0 < self.rows <= limits.max_workgroups, f"{self.rows:,} rows, expected 1 to {limits.max_workgroups:,}")
         require(self.capacity > 0, f"a ring of {self.capacity} choices, expected at least 1")
         require(logits.type in ("f32", "f16"), f"logits are {logits.type}, expected f32 or f16")
+        require(logits.dtype in ROUNDING, f"logits are {logits.dtype}, expected one of {', '.join(ROUNDING)}")
         require(len(targets) <= 2, f"{len(targets)} targets, expected at most 2")
         require(len(advances) <= MAX_ADVANCES, f"{len(advances)} advances, expected at most {MAX_ADVANCES}")
         distinct = len({id(advance.buffer) for advance in advances})
@@ -360,6 +372,7 @@ class Chooser:
                 },
                 (self._chunks, self.rows, 1),
                 {"Logit": logits.type},
+                (ROUNDING[logits.dtype],),
             )
 
         rest = {"greedy": [first(False, 0), choice_dispatch("choose_greedy", {**sizes, **ends}, (self.rows, 1, 1))]}

@@ -185,11 +185,10 @@ class Resident:
         output = graph.outputs[self.whole.logits]
         if not isinstance(output, Ref):
             raise AssertionError("find_whole made sure of this")
-        kind = self.device.limits.wgsl_type(graph.storage_dtype(output.value))
         vocabulary = self.convention.vocabulary
         token_buffer = plan.buffers[graph.inputs[self.whole.tokens]]
         position_buffer = plan.buffers[graph.inputs[self.whole.positions]]
-        logits = Logits(plan.buffers[output.value], 0, vocabulary, kind)
+        logits = Logits.of(self.device, graph, output, plan.buffers[output.value], vocabulary)
         advances = [Advance(position_buffer, 0, 1), *self._advances(plan)]
         self._chooser = self.delegate.workspace.keep(
             "steps",

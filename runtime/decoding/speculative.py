@@ -261,9 +261,8 @@ class Verifier:
         output = graph.outputs[self.whole.logits]
         if not isinstance(output, Ref):
             raise AssertionError("find_whole made sure of this")
-        kind = self.device.limits.wgsl_type(graph.storage_dtype(output.value))
         vocabulary = self.convention.vocabulary
-        logits = Logits(plan.buffers[output.value], 0, vocabulary, kind)
+        logits = Logits.of(self.device, graph, output, plan.buffers[output.value], vocabulary)
         chooser = self.delegate.workspace.keep(
             ("verify", count), logits, lambda: Chooser(self.device, vocabulary, count, logits, 1, label="verify")
         )
