@@ -1,4 +1,5 @@
-// No kernel: logits of a bfloat16 program, which are kept as f32, as the host sees them: rounded to nearest even; appended to `choose_argmax`.
+// No kernel: logits of a bfloat16 program, which are kept as f32, as the host sees them: rounded to nearest even, as `host.f32_to_bf16` does;
+// appended to `choose_argmax`. What is too large becomes infinite by the carry into the exponent.
 
 fn rounded(x: f32) -> f32 {
     let bits = bitcast<u32>(x);
