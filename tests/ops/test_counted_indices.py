@@ -108,3 +108,63 @@ def test_what_is_not_known_is_not_refused() -> None:
     lowering.require_elements(first, 0, 5, "index")
     [check] = lowering.element_checks
     assert (check.value, check.low, check.high) == (one.value, 0, 3)
+
+
+def _slice(start: Any, end: Any, step: int, dim: int = 0) -> dict[str, Any]:
+    return {"dim": dim, "start": start, "end": end, "step": step}
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["1d", "2d"])
+@pytest.mark.parametrize(
+    ("cut", "args", "count", "of"),
+    [
+        ("slice_copy.Tensor", _slice(2, 4, 1), 2, slice(2, 4)),
+        ("slice_copy.Tensor", _slice(None, None, 1), 6, slice(None)),
+        ("slice_copy.Tensor", _slice(1, 2**62, 2), 3, slice(1, None, 2)),
+        ("slice_copy.Tensor", _slice(-2, 2**62, 1), 2, slice(-2, None)),
+        ("select_copy.int", {"dim": 0, "index": 4}, 1, slice(4, 5)),
+        ("select_copy.int", {"dim": 0, "index": -1}, 1, slice(5, 6)),
+    ],
+)
+def test_what_a_cut_leaves_is_what_counts(cut: str, args: dict[str, Any], count: int, of: slice, wide: bool) -> None:
+    """Exactly the positions are refused at which one of the elements that are left is past the last row."""
+    b = GraphBuilder()
+    position = b.input("i64", (1,))
+    at = counted(b, position, (1,), "add", False)
+    length, shape, dim = 6, (6,), 0
+    if wide:
+        at = b.node("aten.unsqueeze_copy.default", {"self": at, "dim": 0}, ("i64", (1, S)))
+        shape, dim = (1, 6), 1
+    selected = cut.startswith("select")
+    left = (count,) if not wide else (1, count)
+    cut_at = b.node(f"aten.{cut}", {"self": at, **args, "dim": dim}, ("i64", left[:dim] if selected else left))
+    graph = b.graph(b.input("f32", (S, 4)), cut_at)
+    rows = np.arange(length)[of]
+    assert shape[dim] == length
+    assert len(rows) == count
+    lowering = Lowering(graph, device(DEVICES[0]).limits, {S: length}.__getitem__)
+    lowering.require_elements(cut_at, 0, ROWS - 1, "index")
+    [check] = lowering.element_checks
+    assert (check.value, check.low, check.high) == (position.value, -rows.min(), ROWS - 1 - rows.max())
+
+
+def test_cuts_of_what_is_in_no_known_order_are_not_refused() -> None:
+    b = GraphBuilder()
+    values, position = b.input("f32", (S, 4)), b.input("i64", (1,))
+    up, down = (counted(b, position, (1,), sign, False) for sign in ("add", "sub"))
+    rows = b.node("aten.expand_copy.default", {"self": up, "size": (2, -1)}, ("i64", (2, S)))
+    turned = b.node("aten.flip.default", {"self": up, "dims": (0,)}, ("i64", (S,)))
+    cuts = [
+        b.node("aten.slice_copy.Tensor", {"self": ref, **_slice(2, 4, 1, dim)}, ("i64", shape))
+        for ref, dim, shape in ((down, 0, (2,)), (rows, 1, (2, 2)), (turned, 0, (2,)))
+    ]
+    graph = b.graph(values, *cuts, rows)
+    on = device(DEVICES[0])
+    for ref in cuts:
+        lowering = Lowering(graph, on.limits, {S: 6}.__getitem__)
+        lowering.require_elements(ref, 0, 5, "index")
+        assert not lowering.checks
+        assert not lowering.element_checks
+    lowering = Lowering(graph, on.limits, {S: 6}.__getitem__)
+    lowering.require_elements(rows, 0, ROWS, "index")  # all of it is known
+    assert len(lowering.element_checks) == 1
