@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from executorch_webgpu.runtime.errors import DeviceError
 from executorch_webgpu.runtime.gpu import native
 from executorch_webgpu.runtime.gpu.device import Device
 from executorch_webgpu.runtime.gpu.random_weights import RandomFill
@@ -42,7 +43,16 @@ class LocalKernel:
         )
 
     def bind(self, *buffers: Any) -> Any:
-        """A bind group of group 0 with whole buffers at bindings 0, 1, ..."""
+        """A bind group of group 0 with whole buffers at bindings 0, 1, ...
+
+        Raises:
+            DeviceError: a buffer is larger than the device binds.
+        """
+        largest, most = max(buffer.size for buffer in buffers), self.device.limits.max_binding
+        if largest > most:
+            raise DeviceError(
+                f"{self.name} needs a buffer of {largest:,} bytes, but this device binds at most {most:,}"
+            )
         entries = [
             {"binding": i, "resource": {"buffer": buffer, "offset": 0, "size": buffer.size}}
             for i, buffer in enumerate(buffers)

@@ -19,6 +19,7 @@ from benchmarks import (
     projections,
     sessions,
 )
+from tests.harness import device
 
 
 def words(text: str) -> list[str]:
@@ -96,6 +97,14 @@ def test_what_cannot_be_measured_is_said(
     assert main(options) == 1
     printed = capsys.readouterr()
     assert message in printed.err
+    assert printed.out == ""
+
+
+def test_a_matrix_whose_sums_no_buffer_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    size = device("full").limits.max_binding // 1024 + 1
+    assert attention.main([*HEADS, *QUICK, "--matrix-size", str(size)]) == 1
+    printed = capsys.readouterr()
+    assert f"fma needs a buffer of {size * 1024:,} bytes, but this device binds at most" in printed.err
     assert printed.out == ""
 
 
