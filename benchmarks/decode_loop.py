@@ -176,10 +176,16 @@ class ProgramDecoder:
 
 @dataclass(frozen=True)
 class Run:
-    """What a mode measured in a turn: the times of each step, and the GPU's busy share between the first and the last
-    pass by timestamps (None where it was not stamped)."""
+    """What a mode measured in a turn.
+
+    Attributes:
+        steps: the times of each step.
+        costs: of each submit, seconds a step that the host encodes and submits, without any waiting.
+        busy: the GPU's share between the first and the last pass by timestamps; None where it was not stamped.
+    """
 
     steps: list[StepTimes]
+    costs: list[float]
     busy: float | None = None
 
 
@@ -196,7 +202,7 @@ def single_steps(model: Decoder, token: int, position: int, steps: int) -> Run:
             ended = time.perf_counter()
             choose = ended - began - clock.total
             found.append(StepTimes(clock.encode, clock.submit, clock.wait, choose, ended - began))
-    return Run(found)
+    return Run(found, [step.encode + step.submit for step in found])
 
 
 def replayed_steps(model: Decoder, token: int, position: int, steps: int) -> Run:
@@ -216,7 +222,7 @@ def replayed_steps(model: Decoder, token: int, position: int, steps: int) -> Run
             ended = time.perf_counter()
             choose = ended - began - clock.total
             found.append(StepTimes(clock.encode, clock.submit, clock.wait, choose, ended - began))
-    return Run(found)
+    return Run(found, [step.encode + step.submit for step in found])
 
 
 def _moved(inputs: Inputs, whole: Whole, token: int, position: int) -> Inputs:
@@ -234,16 +240,17 @@ def resident_steps(together: int) -> Mode:
         stamps = Stamps(model.device, len(submits))
         resident.pass_options = stamps.next
         resident.start(token, position, GREEDY, 0, ())
-        found = []
+        found: list[StepTimes] = []
+        costs: list[float] = []
         try:
             with watched() as clock:
-                sent = 0
                 for count in submits:
                     began = time.perf_counter()
                     clock.start()
-                    while sent < len(submits) and resident.flying < DEPTH:
-                        resident.submit(submits[sent])
-                        sent += 1
+                    while len(costs) < len(submits) and resident.flying < DEPTH:
+                        sending, size = time.perf_counter(), submits[len(costs)]
+                        resident.submit(size)
+                        costs.append((time.perf_counter() - sending) / size)
                     resident.collect()
                     clock.stop()
                     took = time.perf_counter() - began
@@ -252,7 +259,7 @@ def resident_steps(together: int) -> Mode:
         finally:
             resident.drop()
             resident.pass_options = dict
-        return Run(found, stamps.busy())
+        return Run(found, costs, stamps.busy())
 
     return mode
 
@@ -339,6 +346,9 @@ def steps_of(
         f"{field.name}_us": float(f"{np.median([getattr(step, field.name) for step in found]) * 1e6:.5g}")
         for field in fields(StepTimes)
     }
+    costs = np.percentile([cost for run in runs for cost in run.costs], (10, 50, 90)) * 1e6
+    for label, cost in zip(("cost_p10_us", "cost_us", "cost_p90_us"), costs, strict=True):
+        parts[label] = float(f"{cost:.5g}")
     busy = [run.busy for run in runs if run.busy is not None]
     report.line(
         f"decode_loop.{name}",

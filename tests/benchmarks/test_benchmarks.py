@@ -335,6 +335,8 @@ def test_decode_loop(capsys: pytest.CaptureFixture[str]) -> None:
         stamped = line["benchmark"].startswith("decode_loop.resident")
         assert (line["gpu_busy_by_stamps"] is not None) == stamped
         assert not stamped or 0 < line["gpu_busy_by_stamps"] <= 1
+        cost = line["host"]
+        assert 0 < cost["cost_p10_us"] <= cost["cost_us"] <= cost["cost_p90_us"]
     step = modes[0]
     assert prefill["benchmark"] == "decode_loop.prefill"
     assert all(value > 0 for value in step["host"].values())
