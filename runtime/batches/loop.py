@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ...backend.graph import Ref, evaluate, free_symbols
+from ...backend.graph import evaluate, free_symbols
 from ..decoding.chooser import Chooser, Lengths, Logits, Placed, Target
 from ..decoding.decoder import Ragged
 from ..decoding.resident import DEPTH, Batch, Interrupted, Whole
@@ -145,13 +145,10 @@ class BatchLoop:
         return step
 
     def _place(self, plan: Plan, size: int) -> Placed:
-        graph, convention = self.delegate.graph, self.convention
-        output = graph.outputs[self.whole.logits]
-        if not isinstance(output, Ref) or self.whole.lengths is None:
-            raise AssertionError("find_whole made sure of this")
+        convention = self.convention
         stride = convention.vocabulary * (size if convention.every else 1)
         # A row that chooses has one new token: its logits come first, even where those of every token are given.
-        logits = Logits.of(self.device, graph, output, plan.buffers[output.value], stride)
+        logits = Logits.of(self.device, self.delegate.graph, self.whole.logits, plan.buffers, stride)
         tokens, past, q_len = self._buffers(plan)
         targets = [Target(tokens)] if size == 1 else []
         lengths = Lengths(past, q_len, convention.capacity)

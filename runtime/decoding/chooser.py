@@ -64,10 +64,13 @@ class Logits:
     dtype: str = "f32"
 
     @classmethod
-    def of(cls, device: Device, graph: Graph, output: Ref, buffer: Any, stride: int) -> Logits:
-        """Those that are an output of a graph, from the buffer's first byte on."""
-        kind = device.limits.wgsl_type(graph.storage_dtype(output.value))
-        return cls(buffer, 0, stride, kind, graph.values[output.value].dtype)
+    def of(cls, device: Device, graph: Graph, output: int, buffers: Mapping[int, Any], stride: int) -> Logits:
+        """Those that are output number `output` of a graph, a tensor, whose values stand in `buffers` of a plan."""
+        value = graph.outputs[output]
+        if not isinstance(value, Ref):
+            raise AssertionError(f"output {output} is a number: find_whole takes no such program")
+        kind = device.limits.wgsl_type(graph.storage_dtype(value.value))
+        return cls(buffers[value.value], 0, stride, kind, graph.values[value.value].dtype)
 
 
 @dataclass(frozen=True)

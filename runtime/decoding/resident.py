@@ -182,13 +182,10 @@ class Resident:
         if plan.elements:
             raise UnsupportedError(f"sizes follow from {self.delegate.labels.named(plan.elements[0])}, which changes")
         graph = self.delegate.graph
-        output = graph.outputs[self.whole.logits]
-        if not isinstance(output, Ref):
-            raise AssertionError("find_whole made sure of this")
         vocabulary = self.convention.vocabulary
         token_buffer = plan.buffers[graph.inputs[self.whole.tokens]]
         position_buffer = plan.buffers[graph.inputs[self.whole.positions]]
-        logits = Logits.of(self.device, graph, output, plan.buffers[output.value], vocabulary)
+        logits = Logits.of(self.device, graph, self.whole.logits, plan.buffers, vocabulary)
         advances = [Advance(position_buffer, 0, 1), *self._advances(plan)]
         self._chooser = self.delegate.workspace.keep(
             "steps",

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ...backend.graph import Ref
 from ..errors import InputError, UnsupportedError, WebGPUDelegateError
 from ..gpu import native
 from ..gpu.host import to_host
@@ -257,12 +256,8 @@ class Verifier:
         known = self._records.get(count)
         if known is not None and known[0] is plan and self.delegate.workspace.keeps(known[1]):
             return known[1], known[2]
-        graph = self.delegate.graph
-        output = graph.outputs[self.whole.logits]
-        if not isinstance(output, Ref):
-            raise AssertionError("find_whole made sure of this")
         vocabulary = self.convention.vocabulary
-        logits = Logits.of(self.device, graph, output, plan.buffers[output.value], vocabulary)
+        logits = Logits.of(self.device, self.delegate.graph, self.whole.logits, plan.buffers, vocabulary)
         chooser = self.delegate.workspace.keep(
             ("verify", count), logits, lambda: Chooser(self.device, vocabulary, count, logits, 1, label="verify")
         )

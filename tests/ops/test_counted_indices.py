@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from executorch_webgpu.backend.graph import Sym
+from executorch_webgpu.backend.graph import Graph, Ref, Sym
 from executorch_webgpu.ops.base import Lowering
 from executorch_webgpu.runtime.errors import InputError
 from executorch_webgpu.runtime.gpu.host import to_host, to_user
@@ -86,6 +87,15 @@ def test_counted_down(on: str) -> None:
             case.execute(4, 9)
 
 
+def assert_unknown(graph: Graph, refs: Sequence[Ref], size: int) -> None:
+    """No check is made of these as indices from 0 to 5, with S = `size`."""
+    for ref in refs:
+        lowering = Lowering(graph, device(DEVICES[0]).limits, {S: size}.__getitem__)
+        lowering.require_elements(ref, 0, 5, "index")
+        assert not lowering.checks
+        assert not lowering.element_checks
+
+
 def test_what_is_not_known_is_not_refused() -> None:
     """Two inputs, an input that is taken away and one of several elements could bound legal indices out."""
     b = GraphBuilder()
@@ -99,11 +109,7 @@ def test_what_is_not_known_is_not_refused() -> None:
     ]
     graph = b.graph(values, *found)
     on = device(DEVICES[0])
-    for ref in found:
-        lowering = Lowering(graph, on.limits, {S: 3}.__getitem__)
-        lowering.require_elements(ref, 0, 5, "index")
-        assert not lowering.checks
-        assert not lowering.element_checks
+    assert_unknown(graph, found, 3)
     lowering = Lowering(graph, on.limits, {S: 3}.__getitem__)
     lowering.require_elements(first, 0, 5, "index")
     [check] = lowering.element_checks
@@ -160,11 +166,7 @@ def test_cuts_of_what_is_in_no_known_order_are_not_refused() -> None:
     ]
     graph = b.graph(values, *cuts, rows)
     on = device(DEVICES[0])
-    for ref in cuts:
-        lowering = Lowering(graph, on.limits, {S: 6}.__getitem__)
-        lowering.require_elements(ref, 0, 5, "index")
-        assert not lowering.checks
-        assert not lowering.element_checks
+    assert_unknown(graph, cuts, 6)
     lowering = Lowering(graph, on.limits, {S: 6}.__getitem__)
     lowering.require_elements(rows, 0, ROWS, "index")  # all of it is known
     assert len(lowering.element_checks) == 1

@@ -160,5 +160,7 @@ def test_logits_of_32_bits_stay_as_they_are(on: Device) -> None:
 def test_a_programs_logits_say_what_they_are_rounded_to(on: Device, dtype: str) -> None:
     b = GraphBuilder()
     out = b.node("aten.neg.default", {"self": b.input(dtype, (1, 5))}, (dtype, (1, 5)))
-    found = Logits.of(on, b.graph(out), out, None, 5)
+    buffer = object()
+    found = Logits.of(on, b.graph(out), 0, {out.value: buffer}, 5)
+    assert found.buffer is buffer
     assert (found.dtype, found.type, found.offset, found.stride) == (dtype, "f32", 0, 5)
