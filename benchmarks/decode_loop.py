@@ -24,6 +24,7 @@ from executorch_webgpu.runtime.decoding.decoder import Convention, find_conventi
 from executorch_webgpu.runtime.decoding.resident import DEPTH, Resident, Whole, find_whole
 from executorch_webgpu.runtime.decoding.sampling import GREEDY
 from executorch_webgpu.runtime.errors import InputError, UnsupportedError
+from executorch_webgpu.runtime.gpu import native
 from executorch_webgpu.runtime.gpu.device import Device
 from executorch_webgpu.runtime.methods.delegate import Delegate
 from executorch_webgpu.runtime.methods.program import Runtime
@@ -32,7 +33,7 @@ from executorch_webgpu.runtime.methods.replay import Replay
 from .baseline import measure
 from .batches import batches, open_batched
 from .graphs import BITS, DecoderSizes, Inputs, decoder, encode, ready
-from .host import watched
+from .host import python_loop, watched
 from .options import add_common, command, count, counts, names, natural
 from .report import Report
 from .timing import Stamps, Times, repetitions_for, time_passes
@@ -266,11 +267,24 @@ def resident_steps(together: int) -> Mode:
 
 Mode = Callable[[Decoder, int, int, int], Run]
 """(decoder, first token, its position, steps) -> what was measured."""
-MODES: dict[str, Mode] = {
+_MODES: dict[str, Mode] = {
     "single": single_steps,
     "replay": replayed_steps,
     **{f"resident-{count}": resident_steps(count) for count in (1, 4, 8, 32)},
 }
+
+
+def in_python(mode: Mode) -> Mode:
+    """The mode with dispatches encoded by the loop in Python, whether or not llvmlite is installed."""
+
+    def slower(model: Decoder, token: int, position: int, steps: int) -> Run:
+        with python_loop():
+            return mode(model, token, position, steps)
+
+    return slower
+
+
+MODES = {**_MODES, **{f"{name}-python": in_python(mode) for name, mode in _MODES.items()}}
 
 
 CHOICES = {"dtype": ("f16", "f32"), "weights": ("", *BITS)}
@@ -358,6 +372,7 @@ def steps_of(
         traffic=needed,
         tokens_per_s=float(f"{len(found) / wall:.5g}"),
         host=parts,
+        encoded_by="python" if name.endswith("-python") else native.encoded_by(),
         gpu_us=float(f"{gpu.median:.5g}"),
         gpu_busy=float(f"{gpu.median * len(found) / 1e6 / wall:.4g}"),
         gpu_busy_by_stamps=float(f"{np.mean(busy):.4g}") if busy else None,
@@ -400,7 +415,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--past", type=natural, default=128, help="position of the first step")
     made.add_argument("--steps", type=count, default=64)
     made.add_argument("--turns", type=count, default=3, help="so often the modes run the steps, one after the other")
-    made.add_argument("--modes", type=names, default=list(MODES), help=f"of {', '.join(MODES)}")
+    made.add_argument("--modes", type=names, default=list(_MODES), help=f"of {', '.join(MODES)}")
     made.add_argument("--prefill", type=counts, default=[], help="also the GPU time of runs of so many tokens: 128,512")
     made.add_argument("--batched", help="also a program for batches (`batches.py`), whose rows decode together")
     made.add_argument("--rows", type=counts, default=[1], help="with --batched: so many active rows: 1,8")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import wgpu
 
+from executorch_webgpu.runtime.gpu import native
 from executorch_webgpu.runtime.gpu.device import Device
 
 from .baseline import measure
@@ -124,9 +125,10 @@ def step_cost(report: Report, options: argparse.Namespace) -> None:
     finally:
         loaded.close()
     medians = {f"{name}_us": float(f"{np.median(found) * 1e6:.5g}") for name, found in parts.items()}
-    report.line("dispatch.host.plan", {"dispatches": count}, SMALL.dtype, encoded, clock="host")
+    sizes = {"dispatches": count}
+    report.line("dispatch.host.plan", sizes, SMALL.dtype, encoded, clock="host", encoded_by=native.encoded_by())
     times = _times(parts["encode"], count)
-    report.line("dispatch.host.step", {"dispatches": count}, SMALL.dtype, times, clock="host", step=medians)
+    report.line("dispatch.host.step", sizes, SMALL.dtype, times, clock="host", step=medians)
 
 
 @command

@@ -23,7 +23,6 @@ from executorch_webgpu.ops import activations
 from executorch_webgpu.ops.base import Dispatch, check_node
 from executorch_webgpu.ops.packed import Format
 from executorch_webgpu.runtime.errors import MissingDataError, UnsupportedError
-from executorch_webgpu.runtime.gpu import native
 from executorch_webgpu.runtime.gpu.buffers import State
 from executorch_webgpu.runtime.gpu.device import Device
 from executorch_webgpu.runtime.gpu.plan import Plan
@@ -162,7 +161,7 @@ def ready(delegate: Delegate, inputs: Inputs) -> Plan:
 
 def encode(compute: Any, plan: Plan) -> None:
     """All dispatches of a plan into a compute pass."""
-    native.encode(compute, plan.records)
+    plan.records.encode(compute)
 
 
 def splits_of(dispatches: Sequence[Dispatch]) -> int | None:

@@ -37,6 +37,17 @@ class StepClock:
 
 
 @contextmanager
+def python_loop() -> Iterator[None]:
+    """Recordings are encoded by the loop in Python while the context lasts, as where llvmlite is missing."""
+    compiled = native.compiled
+    setattr(native, "compiled", lambda: None)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(native, "compiled", compiled)  # noqa: B010
+
+
+@contextmanager
 def watched() -> Iterator[StepClock]:
     """A clock that counts every submit and every readback of the runtime while the context lasts."""
     clock = StepClock()

@@ -17,6 +17,7 @@ ALLOWED = {
     "torch": ("backend/translate.py", "backend/symbols.py", "backend/preprocess.py", "partitioner/", "llm/"),
     "executorch": ("backend/preprocess.py", "backend/schema/__main__.py", "partitioner/", "llm/"),
     "wgpu": ("runtime/",),
+    "llvmlite": ("runtime/gpu/compiled_loop.py",),
 }
 """Library -> the only files (or folders) that import it."""
 

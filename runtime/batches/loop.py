@@ -65,7 +65,7 @@ class _Step:
     replay: Replay
     plan: Plan | None = None
     placed: Placed | None = None
-    records: dict[int, list[native.Record]] = field(default_factory=dict)
+    records: dict[int, native.Recording] = field(default_factory=dict)
 
 
 @dataclass
@@ -301,21 +301,21 @@ class BatchLoop:
         self.device.counters.submits += 1
         self.device.counters.dispatches += steps * len(records)
 
-    def _records(self, step: _Step) -> list[native.Record]:
+    def _records(self, step: _Step) -> native.Recording:
         """The records of a step and the choice after it."""
         if self._chooser is None or step.plan is None or step.placed is None:
             raise AssertionError("the step was prepared")
         wanted = [c.sampling if row in self.active else GREEDY for row, c in enumerate(self._choices)]
         launches = self._chooser.launches(wanted, step.placed)
         if id(launches) not in step.records:
-            step.records[id(launches)] = native.compiled([*step.plan.launches, *launches])
+            step.records[id(launches)] = native.Recording([*step.plan.launches, *launches])
         return step.records[id(launches)]
 
-    def _encode(self, records: Sequence[native.Record], steps: int) -> None:
+    def _encode(self, records: native.Recording, steps: int) -> None:
         self._encoder = self.device.gpu.create_command_encoder(label="batch")
         compute = self._encoder.begin_compute_pass(label="batch", **self.pass_options())
         for _ in range(steps):
-            native.encode(compute, records)
+            records.encode(compute)
         compute.end()
 
     def _copy_ring(self, chooser: Chooser, target: Any, steps: int) -> None:

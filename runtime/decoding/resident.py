@@ -152,7 +152,7 @@ class Resident:
         self._replay = Replay(self.delegate, self._inputs(0, 0))
         self._bound: Plan | None = None
         self._chooser: Chooser | None = None
-        self._records: dict[int, list[native.Record]] = {}
+        self._records: dict[int, native.Recording] = {}
         self._sampling: tuple[Sampling, int] = (Sampling(), 0)
         self._slots = [ReadBack(self.device) for _ in range(DEPTH)]
         self._free = list(range(DEPTH))
@@ -259,7 +259,7 @@ class Resident:
         encoder = gpu.create_command_encoder(label="steps")
         compute = encoder.begin_compute_pass(label="steps", **self.pass_options())
         for _ in range(steps):
-            native.encode(compute, records)
+            records.encode(compute)
         compute.end()
         slot = self._free.pop()
         target = self._slots[slot].reserve(4 * max(steps, Batch.MOST))  # once, however the pace changes
@@ -289,13 +289,13 @@ class Resident:
                 self._passed = position
                 return
 
-    def _step_records(self, plan: Plan) -> list[native.Record]:
+    def _step_records(self, plan: Plan) -> native.Recording:
         """The records of a step and the choice after it."""
         if self._chooser is None:
             raise AssertionError("nothing was prepared")
         launches = self._chooser.launches(self._sampling[0])
         if id(launches) not in self._records:
-            self._records[id(launches)] = native.compiled([*plan.launches, *launches])
+            self._records[id(launches)] = native.Recording([*plan.launches, *launches])
         return self._records[id(launches)]
 
     @locked

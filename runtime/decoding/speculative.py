@@ -214,7 +214,7 @@ class Verifier:
         self.whole = whole
         self.convention = convention
         self._replays: dict[int, Replay] = {}
-        self._records: dict[int, tuple[Plan, Chooser, list[native.Record]]] = {}
+        self._records: dict[int, tuple[Plan, Chooser, native.Recording]] = {}
 
     @locked
     def choose(self, ids: Sequence[int], position: int) -> list[int]:
@@ -237,7 +237,7 @@ class Verifier:
         gpu, size = self.device.gpu, -(-count * 4 // 8) * 8
         encoder = gpu.create_command_encoder(label="verify")
         compute = encoder.begin_compute_pass(label="verify")
-        native.encode(compute, records)
+        records.encode(compute)
         compute.end()
         target = self.delegate.read_back.reserve(size)
         encoder.copy_buffer_to_buffer(chooser.tokens, 0, target, 0, 4 * count)
@@ -251,7 +251,7 @@ class Verifier:
     def _inputs(self, ids: Sequence[int], position: int) -> list[tuple[str, Any]]:
         return self.whole.order([to_host(array) for array in self.convention.inputs(ids, position)])
 
-    def _bound(self, count: int, plan: Plan) -> tuple[Chooser, list[native.Record]]:
+    def _bound(self, count: int, plan: Plan) -> tuple[Chooser, native.Recording]:
         """The chooser for a plan's logits, and the records of the step and the choice."""
         known = self._records.get(count)
         if known is not None and known[0] is plan and self.delegate.workspace.keeps(known[1]):
@@ -261,6 +261,6 @@ class Verifier:
         chooser = self.delegate.workspace.keep(
             ("verify", count), logits, lambda: Chooser(self.device, vocabulary, count, logits, 1, label="verify")
         )
-        records = native.compiled([*plan.launches, *chooser.launches(GREEDY)])
+        records = native.Recording([*plan.launches, *chooser.launches(GREEDY)])
         self._records[count] = (plan, chooser, records)
         return chooser, records

@@ -115,7 +115,7 @@ class Plan:
     """
 
     launches: list[Launch]
-    records: list[native.Record]
+    records: native.Recording
     checks: tuple[Check, ...]
     element_checks: tuple[ElementCheck, ...]
     buffers: dict[int, Any]
@@ -185,7 +185,7 @@ class Planner:
         roots = {i: where[self.graph.root(i)] for i in range(len(self.graph.values)) if self.graph.root(i) in where}
         return Plan(
             launches,
-            native.compiled(launches),
+            native.Recording(launches),
             tuple(dict.fromkeys(c for node in lowered for c in node.checks)),
             tuple(dict.fromkeys(c for node in lowered for c in node.element_checks)),
             roots,

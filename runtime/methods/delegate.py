@@ -320,7 +320,7 @@ class Delegate:
         self.write(plan, inputs, env)
         encoder = self.device.gpu.create_command_encoder(label="step")
         compute = encoder.begin_compute_pass(label="step")
-        native.encode(compute, plan.records)
+        plan.records.encode(compute)
         compute.end()
         return self._finish(encoder, plan, env, last_row_of)
 
