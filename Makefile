@@ -39,7 +39,7 @@ SWIFTSHADER ?= /usr/lib/chromium/vk_swiftshader_icd.json
 swiftshader: $(STAMPS)/packages ## attention, products, batches, sessions, captured steps and token choice on SwiftShader (SWIFTSHADER=<its ICD file>)
 	@test -e "$(SWIFTSHADER)" || { echo "no SwiftShader at $(SWIFTSHADER): install chromium, or set SWIFTSHADER"; exit 1; }
 	VK_DRIVER_FILES="$(SWIFTSHADER)" VK_ICD_FILENAMES="$(SWIFTSHADER)" $(PY) -m pytest -n 2 --dist loadfile tests/ops/test_attention*.py \
-	  tests/ops/test_ragged*.py tests/ops/test_rope*.py tests/ops/test_gemm.py tests/llm/test_packed_caches.py tests/llm/test_group_query_delegate.py \
+	  tests/ops/test_ragged*.py tests/ops/test_rope*.py tests/ops/test_gemm.py tests/ops/test_project*.py tests/llm/test_packed_caches.py tests/llm/test_group_query_delegate.py \
 	  tests/runtime/test_replay.py tests/runtime/test_chooser*.py tests/runtime/test_generate.py tests/runtime/test_batch*.py \
 	  tests/runtime/test_rewind*.py tests/runtime/test_session.py tests/runtime/test_speculative.py $(PYTEST_ARGS)
 
