@@ -3,7 +3,7 @@ encoded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -186,7 +186,7 @@ class Planner:
         return Plan(
             launches,
             native.Recording(launches),
-            tuple(dict.fromkeys(c for node in lowered for c in node.checks)),
+            tightest(check for node in lowered for check in node.checks),
             tuple(dict.fromkeys(c for node in lowered for c in node.element_checks)),
             roots,
             self.generation,
@@ -343,6 +343,19 @@ def _live(dispatch: Dispatch) -> dict[str, Live]:
     """Params and consts that are live scalars, by name (no name is both)."""
     given = [*dispatch.params.items(), *dispatch.consts.items()]
     return {name: value for name, value in given if isinstance(value, Live)}
+
+
+def tightest(checks: Iterable[Check]) -> tuple[Check, ...]:
+    """Of the checks of each expression, the first with the largest lower limit and the first with the smallest upper
+    one: a number that passes these passes all."""
+    lows: dict[Dim, Check] = {}
+    highs: dict[Dim, Check] = {}
+    for check in checks:
+        if check.dim not in lows or check.low > lows[check.dim].low:
+            lows[check.dim] = check
+        if check.dim not in highs or check.high < highs[check.dim].high:
+            highs[check.dim] = check
+    return tuple(dict.fromkeys(check for dim in lows for check in (lows[dim], highs[dim])))
 
 
 def assign(sizes: dict[Storage, int], span: dict[Storage, tuple[int, int]]) -> tuple[dict[Storage, int], list[int]]:

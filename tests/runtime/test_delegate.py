@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from executorch_webgpu.backend.graph import Graph, Ref, Sym, SymbolRange
+from executorch_webgpu.ops.base import Check
 from executorch_webgpu.runtime.errors import DeviceError, InputError, MissingDataError
 from executorch_webgpu.runtime.gpu.host import to_host
+from executorch_webgpu.runtime.gpu.plan import tightest
 from executorch_webgpu.runtime.methods.delegate import Delegate
 from tests.harness import DEVICES, GraphBuilder, device
 
@@ -223,3 +225,26 @@ def test_only_the_last_row_of_an_output(name: str, columns: int, dtype: str) -> 
         assert on.counters.since(before).bytes_read <= all_bytes
     assert delegate.execute([to_host(data[:, :0])], 0)[0][1].shape == (1, 0, columns)
     delegate.close()
+
+
+def test_of_the_checks_of_a_plan_the_tightest_stay() -> None:
+    """Random limits of a few expressions: what passes the few passes all, what fails is named by one that fails."""
+    rng = np.random.default_rng(4)
+    dims = (SIZE, POSITION, Sym("add", (POSITION, 1)))
+    for _ in range(50):
+        limits = rng.integers(-5, 5, (12, 2))
+        checks = [Check(dims[i % 3], int(low), int(low + width), str(i)) for i, (low, width) in enumerate(limits)]
+        kept = tightest(checks)
+        assert len(kept) <= 6
+        assert set(kept) <= set(checks)
+        for dim in dims:
+            for value in range(-8, 12):
+                failing = {check for check in checks if check.dim == dim and not check.low <= value <= check.high}
+                named = {check for check in kept if check.dim == dim and not check.low <= value <= check.high}
+                assert named <= failing
+                assert bool(named) == bool(failing)
+
+
+def test_equal_checks_of_many_layers_are_one() -> None:
+    checks = [Check(POSITION, 0, 11, f"cache {layer}") for layer in range(16)]
+    assert tightest(checks) == (checks[0],)
