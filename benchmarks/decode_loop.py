@@ -5,7 +5,7 @@
     python -m benchmarks.decode_loop --pte FILE --batched FILE [--rows 1,8]
 
 Without a program a Llama-shaped decoder with random weights is made on the device, by default of the sizes of Llama 3.2
-1B. `MODES` are the ways to run steps; each new one is a further function there.
+1B. `DEFAULT_MODES` are the ways to run steps, each a function; NAME-python is the same without llvmlite's loop.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def resident_steps(together: int) -> Mode:
 
 Mode = Callable[[Decoder, int, int, int], Run]
 """(decoder, first token, its position, steps) -> what was measured."""
-_MODES: dict[str, Mode] = {
+DEFAULT_MODES: dict[str, Mode] = {
     "single": single_steps,
     "replay": replayed_steps,
     **{f"resident-{count}": resident_steps(count) for count in (1, 4, 8, 32)},
@@ -284,7 +284,7 @@ def in_python(mode: Mode) -> Mode:
     return slower
 
 
-MODES = {**_MODES, **{f"{name}-python": in_python(mode) for name, mode in _MODES.items()}}
+MODES = {**DEFAULT_MODES, **{f"{name}-python": in_python(mode) for name, mode in DEFAULT_MODES.items()}}
 
 
 CHOICES = {"dtype": ("f16", "f32"), "weights": ("", *BITS)}
@@ -415,7 +415,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--past", type=natural, default=128, help="position of the first step")
     made.add_argument("--steps", type=count, default=64)
     made.add_argument("--turns", type=count, default=3, help="so often the modes run the steps, one after the other")
-    made.add_argument("--modes", type=names, default=list(_MODES), help=f"of {', '.join(MODES)}")
+    made.add_argument("--modes", type=names, default=list(DEFAULT_MODES), help=f"of {', '.join(MODES)}")
     made.add_argument("--prefill", type=counts, default=[], help="also the GPU time of runs of so many tokens: 128,512")
     made.add_argument("--batched", help="also a program for batches (`batches.py`), whose rows decode together")
     made.add_argument("--rows", type=counts, default=[1], help="with --batched: so many active rows: 1,8")
@@ -450,6 +450,7 @@ def _measured(options: argparse.Namespace, opened: ExitStack) -> None:
     opened.callback(model.close)
     report = Report(device, options.out)
     report.rates = measure(device, options)
+    native.compiled_loop()  # now, not when it pays
     for name, runs in take_turns(model, options).items():
         steps_of(report, model, name, runs, dtype, options)
     for rows in options.prefill:

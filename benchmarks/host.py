@@ -39,12 +39,12 @@ class StepClock:
 @contextmanager
 def python_loop() -> Iterator[None]:
     """Recordings are encoded by the loop in Python while the context lasts, as where llvmlite is missing."""
-    compiled = native.compiled
-    setattr(native, "compiled", lambda: None)  # noqa: B010
+    compiled = native.compiled_loop
+    setattr(native, "compiled_loop", lambda: None)  # noqa: B010
     try:
         yield
     finally:
-        setattr(native, "compiled", compiled)  # noqa: B010
+        setattr(native, "compiled_loop", compiled)  # noqa: B010
 
 
 @contextmanager

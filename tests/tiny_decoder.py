@@ -280,5 +280,6 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
+    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
     for name in _CLASSES:
         Path(sys.argv[1], f"{name}.pte").write_bytes(build(name).pte)

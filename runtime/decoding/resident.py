@@ -251,7 +251,8 @@ class Resident:
             raise DeviceError(f"{DEPTH} submits are under way: collect one first")
         plan = self._replay.plan()
         workspace = self.delegate.workspace
-        if plan is not self._bound or self._chooser is None or workspace.holder is not self:
+        chooser = self._chooser
+        if plan is not self._bound or chooser is None or not workspace.keeps(chooser) or workspace.holder is not self:
             raise Interrupted("the buffers of this run were used by another call: start it again")
         self._require(plan, self._position + steps - 1)
         records = self._step_records(plan)
@@ -263,7 +264,7 @@ class Resident:
         compute.end()
         slot = self._free.pop()
         target = self._slots[slot].reserve(4 * max(steps, Batch.MOST))  # once, however the pace changes
-        encoder.copy_buffer_to_buffer(self._chooser.tokens, 4 * self._done, target, 0, 4 * steps)
+        encoder.copy_buffer_to_buffer(chooser.tokens, 4 * self._done, target, 0, 4 * steps)
         submission = native.submit(gpu.queue, encoder.finish())
         self._slots[slot].begin(4 * steps)
         self._flying.append((slot, submission, steps))
@@ -325,6 +326,7 @@ class Resident:
         self.drop()
         for slot in self._slots:
             slot.close()
+        self._records.clear()
         self._chooser = None
         self._bound = None
 

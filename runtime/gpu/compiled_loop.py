@@ -6,13 +6,19 @@ compiled loop reads the arguments from an array: a dispatch costs 0.1 us instead
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import mmap
+import os
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 log = logging.getLogger(__name__)
 
+JIT_VARIABLE = "EXECUTORCH_WEBGPU_JIT"
+"""Environment variable: set to 0, nothing is compiled."""
 WORDS = 7
 """u64 words of a dispatch: pipeline (0: that before), bind group, grid x, y, z, indirect buffer (0: none), byte offset
 in it."""
@@ -28,15 +34,19 @@ class CompiledLoop:
 
 
 def compile_loop(set_pipeline: int, set_group: int, dispatch: int, indirectly: int) -> CompiledLoop | None:
-    """Compile the loop, in about 10 ms; None where llvmlite is missing or cannot compile for this machine.
+    """Compile the loop, in about 0.1 s with the import of llvmlite, which takes 60 MB of memory.
 
     Args: addresses of the C functions of a compute pass encoder, with WebGPU's arguments (webgpu.h).
+    Returns:
+        None where llvmlite is missing or does not work, the environment says no (JIT_VARIABLE), or the process may not
+        make memory executable.
     """
-    try:  # here, not above: it takes as long as the rest of the runtime
-        from llvmlite import binding
-    except ImportError:
+    if os.environ.get(JIT_VARIABLE, "") == "0" or struct.calcsize("P") != 8:
         return None
-    try:
+    try:  # here, not above: the import takes as long as that of the rest of the runtime
+        from llvmlite import binding
+
+        _require_executable_memory()
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
         module = binding.parse_assembly(str(_module(set_pipeline, set_group, dispatch, indirectly)))
@@ -44,9 +54,28 @@ def compile_loop(set_pipeline: int, set_group: int, dispatch: int, indirectly: i
         engine = binding.create_mcjit_compiler(module, machine)
         engine.finalize_object()
         return CompiledLoop(engine.get_function_address("loop"), engine)
-    except (RuntimeError, OSError) as error:
-        log.warning("llvmlite cannot compile here (%s): dispatches are encoded from Python", error)
+    except ImportError:
         return None
+    except Exception as error:  # whatever is wrong with it, decoding must go on without it
+        log.warning(
+            "llvmlite is installed but does not work here (%s: %s): dispatches are encoded from Python; %s=0 ends this "
+            "message", type(error).__name__, error, JIT_VARIABLE,
+        )  # fmt: skip
+        return None
+
+
+def _require_executable_memory() -> None:
+    """OSError where the system forbids new executable memory: llvmlite does not look, and its code would crash."""
+    if not hasattr(mmap, "PROT_EXEC"):
+        return  # Windows
+    with mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        content = ctypes.c_char.from_buffer(page)
+        size = ctypes.c_size_t(mmap.PAGESIZE)
+        allowed = mmap.PROT_READ | mmap.PROT_EXEC
+        refused = ctypes.CDLL(None).mprotect(ctypes.c_void_p(ctypes.addressof(content)), size, allowed)
+        del content  # the page cannot be given back before
+    if refused:
+        raise OSError("the system forbids executable memory")
 
 
 def _module(set_pipeline: int, set_group: int, dispatch: int, indirectly: int) -> Any:

@@ -7,6 +7,7 @@ functions say so and their callers do without.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,15 +79,21 @@ _ENCODER = (
     lib.wgpuComputePassEncoderDispatchWorkgroups,
     lib.wgpuComputePassEncoderDispatchWorkgroupsIndirect,
 )
+COMPILE_AFTER = 50_000
+"""Dispatches that are encoded from Python before the loop is compiled: both cost about as much time."""
+_compiling = threading.Lock()
+_tried: list[Any] = []
+"""What `compiled_loop` gives, once it was asked for."""
 
 
-@functools.cache
-def compiled() -> Any:
-    """The compiled loop as a C function and its owner, or None. It is compiled once in a process."""
-    if ffi.sizeof("void *") != 8:
-        return None
-    loop = compile_loop(*(_address(function) for function in _ENCODER))
-    return None if loop is None else (ffi.cast("void (*)(void *, uint64_t *, uint64_t)", loop.address), loop)
+def compiled_loop() -> Any:
+    """The compiled loop as a C function and its owner, or None. Compiled at the first call in a process."""
+    with _compiling:
+        if not _tried:
+            loop = compile_loop(*(_address(function) for function in _ENCODER))
+            kind = "void (*)(void *, void *, uint64_t)"
+            _tried.append(None if loop is None else (ffi.cast(kind, loop.address), loop))
+        return _tried[0]
 
 
 def _address(handle: Any) -> int:
@@ -94,18 +101,23 @@ def _address(handle: Any) -> int:
 
 
 def encoded_by() -> str:
-    """What encodes recordings: "llvmlite" (see compiled_loop.py) or "python"."""
-    return "python" if compiled() is None else "llvmlite"
+    """What encodes recordings in the long run: "llvmlite" (see compiled_loop.py) or "python"."""
+    return "python" if compiled_loop() is None else "llvmlite"
 
 
 class Recording:
     """Dispatches as C handles, to be encoded any number of times."""
 
+    _from_python = 0
+    """Dispatches that were encoded from Python in this process, of all recordings."""
+
     def __init__(self, launches: Sequence[Any]) -> None:
         """`launches`: `plan.Launch`es; they are kept, since their objects own the handles."""
         self._launches = launches
         self._records: list[tuple[Any, ...]] = []
-        """Pipeline (None: that before), bind group, grid, indirect buffer or None, byte offset in it."""
+        """Pipeline (None: that before), bind group, grid (below 2^32 as devices have it), indirect buffer or None, byte
+        offset in it."""
+        self._encoded = False
         last = None
         for launch in launches:
             pipeline = None if launch.pipeline is last else launch.pipeline._internal
@@ -120,18 +132,30 @@ class Recording:
     @functools.cached_property
     def _words(self) -> Any:
         """The records for the compiled loop: u64[dispatches, WORDS]."""
-        words = [[0 if part is None else _address(part) for part in record] for record in self._records]
-        return ffi.from_buffer("uint64_t[]", np.array(words, np.uint64).reshape(-1, WORDS))
+        words = [
+            (0 if pipeline is None else _address(pipeline), _address(group), x, y, z,
+             0 if indirect is None else _address(indirect), offset)
+            for pipeline, group, x, y, z, indirect, offset in self._records
+        ]  # fmt: skip
+        return ffi.from_buffer(np.array(words, np.uint64).reshape(-1, WORDS))
+
+    def _loop(self) -> Any:
+        """The compiled loop, where it pays: not for the first time, which packing the words would make longer."""
+        if not self._encoded or (not _tried and Recording._from_python < COMPILE_AFTER):
+            return None
+        return compiled_loop()
 
     def encode(self, compute: Any) -> None:
         """Encode the dispatches into a compute pass: what wgpu-py's methods do, at 5 % of their time where the loop is
         compiled, else at two thirds. Errors surface when the pass ends."""
         encoder = compute._internal
-        loop = compiled()
+        loop = self._loop()
         if loop is not None:
             call, _ = loop
             call(encoder, self._words, len(self._records))
             return
+        self._encoded = True
+        Recording._from_python += len(self._records)
         set_pipeline, set_group, dispatch, indirectly = _ENCODER
         null = ffi.NULL
         for pipeline, group, x, y, z, indirect, offset in self._records:

@@ -330,11 +330,12 @@ def test_dispatch(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_decode_loop(capsys: pytest.CaptureFixture[str]) -> None:
     *modes, prefill = run(decode_loop.main, [*DECODER, "--past", "4", "--steps", "6", "--prefill", "7"], capsys)
-    assert [line["benchmark"] for line in modes] == [f"decode_loop.{name}" for name in decode_loop.MODES]
+    assert [line["benchmark"] for line in modes] == [f"decode_loop.{name}" for name in decode_loop.DEFAULT_MODES]
     for line in modes:
         stamped = line["benchmark"].startswith("decode_loop.resident")
         assert (line["gpu_busy_by_stamps"] is not None) == stamped
         assert not stamped or 0 < line["gpu_busy_by_stamps"] <= 1
+        assert line["encoded_by"] == "llvmlite"
         cost = line["host"]
         assert 0 < cost["cost_p10_us"] <= cost["cost_us"] <= cost["cost_p90_us"]
     step = modes[0]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from executorch_webgpu.runtime import BatchGenerator, Generator, InputError
+from executorch_webgpu.runtime import BatchGenerator, Generator, InputError, Runtime
 from executorch_webgpu.runtime.decoding import decoder
 from executorch_webgpu.runtime.decoding.decoder import find_convention, find_ragged
+from executorch_webgpu.runtime.decoding.resident import Resident, find_whole
+from tests import tiny_decoder
 from tests.harness import device
 from tests.runtime.sessions import PROMPT, golden, load
 from tests.tiny_decoder import CAPACITY
@@ -137,3 +139,23 @@ def test_a_batch_of_one_row_as_a_sequence() -> None:
         assert generator.capacity == CAPACITY
         with pytest.raises(InputError, match=r"24 tokens \(get_max_context_len is 48, but the caches have 24 rows\)"):
             generator.append_tokens([1] * (CAPACITY + 1))
+
+
+@pytest.mark.parametrize("order", [(CAPACITY, CAPACITY - 4), (CAPACITY - 4, CAPACITY)], ids=["smaller", "larger"])
+def test_a_loop_of_another_capacity_is_made_in_the_middle_of_a_run(order: tuple[int, int]) -> None:
+    """As by another thread, before it writes anything: what chooses tokens goes to it, and the run begins again."""
+    program = Runtime(device("full")).load_program(tiny_decoder.build("llama").pte)
+    with program:
+        one, two = (
+            Generator(program.load_method(), {"get_max_context_len": capacity}, steps_per_submit=1)
+            for capacity in order
+        )
+        assert (one.capacity, two.capacity) == order
+        expected = golden("llama", tuple(PROMPT), 12)
+        stream = one.stream(PROMPT, 12, ())
+        found = [next(stream) for _ in range(4)]
+        assert two.capacity is not None
+        Resident.of(find_whole(two.method, two.convention), two.convention, two.capacity)
+        found += [next(stream) for _ in range(4)]
+        assert two.generate(PROMPT, 12, ()).tokens == expected
+        assert (*found, *stream) == expected

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks import decode_loop
 from executorch_webgpu.runtime import Generator, Runtime
 from executorch_webgpu.runtime.gpu import native
-from executorch_webgpu.runtime.gpu.compiled_loop import WORDS, CompiledLoop, compile_loop
+from executorch_webgpu.runtime.gpu.compiled_loop import JIT_VARIABLE, WORDS, CompiledLoop, compile_loop
 from tests import tiny_decoder
-from tests.harness import device
+from tests.harness import DEVICES, device
 
 POINTER, HALF, WORD = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint64
 ENCODER = 0xFEDC_BA98_7654_3210
@@ -51,12 +55,10 @@ class Calls:
 
 
 @pytest.fixture
-def without_llvmlite(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if it were not installed, for whoever asks from now on."""
-    monkeypatch.setitem(sys.modules, "llvmlite", None)
-    native.compiled.cache_clear()
-    yield
-    native.compiled.cache_clear()
+def anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nothing had been compiled or encoded in this process."""
+    monkeypatch.setattr(native, "_tried", [])
+    monkeypatch.setattr(native.Recording, "_from_python", 0)
 
 
 def test_calls_have_all_arguments_in_order() -> None:
@@ -90,38 +92,151 @@ def test_so_many_dispatches(count: int) -> None:
     assert len(seen) == 3 * count
 
 
-def test_without_llvmlite_nothing_is_compiled(without_llvmlite: None) -> None:
-    assert Calls().compile() is None
+def test_without_llvmlite_nothing_is_compiled(
+    anew: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "llvmlite", None)
+    assert native.encoded_by() == "python"
+    assert not caplog.records
+
+
+def test_the_environment_may_say_no(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(JIT_VARIABLE, "0")
     assert native.encoded_by() == "python"
 
 
-def test_what_cannot_be_compiled_is_left_to_python(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("error", [RuntimeError("no code for this machine"), AttributeError("gone"), OSError("no .so")])
+@pytest.mark.parametrize("name", ["initialize_native_target", "parse_assembly", "create_mcjit_compiler"])
+def test_an_llvmlite_that_does_not_work_is_done_without(
+    name: str, error: Exception, anew: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A library that is missing or cut, a version with other names, a machine without a backend: one warning."""
     from llvmlite import binding
 
     def refuse(*_: Any) -> None:
-        raise RuntimeError("no code for this machine")
+        raise error
 
-    monkeypatch.setattr(binding, "create_mcjit_compiler", refuse)
-    assert Calls().compile() is None
-    assert "no code for this machine" in caplog.text
+    monkeypatch.setattr(binding, name, refuse)
+    assert [native.encoded_by() for _ in range(3)] == ["python"] * 3
+    [record] = caplog.records
+    assert str(error) in record.getMessage()
+    assert JIT_VARIABLE in record.getMessage()
 
 
-def test_this_environment_compiles() -> None:
+def test_an_import_that_fails_is_done_without(anew: None, tmp_path: Path) -> None:
+    """In a process of its own: a package whose library is missing raises OSError where it is imported."""
+    (tmp_path / "llvmlite").mkdir()
+    (tmp_path / "llvmlite" / "__init__.py").write_text("raise OSError('Could not find the shared object file')")
+    code = "from executorch_webgpu.runtime.gpu import native; print(native.encoded_by())"
+    done = python(code, PYTHONPATH=str(tmp_path))
+    assert done.stdout.split() == ["python"]
+    assert "Could not find the shared object file" in done.stderr
+
+
+def test_memory_that_must_not_run_is_not_run(anew: None, tmp_path: Path) -> None:
+    """In a process of its own that the kernel lets make no more code, which llvmlite does not notice."""
+    code = """
+import ctypes
+from executorch_webgpu.runtime.gpu import native
+refused = ctypes.CDLL(None).prctl(65, 1, 0, 0, 0)  # PR_SET_MDWE, Linux 6.3
+loop = native.compiled_loop()
+if loop is not None:
+    loop[0](native.ffi.NULL, native.ffi.NULL, 0)
+print("old kernel" if refused else native.encoded_by())
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("python", "old kernel")
+    assert ("forbids executable memory" in done.stderr) == (done.stdout.strip() == "python")
+
+
+def test_memory_that_may_not_become_code_is_noticed(
+    anew: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the process above shows, on kernels that cannot be told so."""
+
+    class Library:
+        def __init__(self, name: None) -> None: ...
+
+        def mprotect(self, *_: Any) -> int:
+            return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    assert native.encoded_by() == "python"
+    assert "forbids executable memory" in caplog.text
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    given = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=given, timeout=300)
+
+
+def test_this_environment_compiles(anew: None) -> None:
     assert native.encoded_by() == "llvmlite"
 
 
-def test_decoding_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Direct and indirect dispatches of a whole decoder, one step and many steps a submit, by both loops in turn."""
+def test_threads_compile_once(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(native, "compile_loop", lambda *functions: made.append(compile_loop(*functions)) or made[-1])
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: native.compiled_loop(), range(8)))
+    assert len(made) == 1
+    assert all(loop is found[0] for loop in found)
+
+
+def test_it_is_compiled_when_it_pays(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before many dispatches, and a recording that is encoded once never calls it."""
+    loop, called = native.compiled_loop(), []
+    assert loop is not None
+    native._tried.clear()
+    monkeypatch.setattr(native, "compiled_loop", lambda: called.append("") or loop)
+    with Runtime(device("full")).load_program(tiny_decoder.build("llama").pte) as program:
+        method = program.load_method()
+
+        def step(position: int) -> None:
+            method.execute([np.array([[1]]), np.array([position])])
+
+        step(0)
+        step(1)
+        assert not called
+        before = native.Recording._from_python
+        assert before > 0
+        monkeypatch.setattr(native, "COMPILE_AFTER", before)
+        step(2)
+        assert called
+        assert native.Recording._from_python == before  # none of them from Python
+        called.clear()
+        method.execute([np.array([[1, 2]]), np.array([3])])  # another plan, for the first time
+        assert not called
+        assert native.Recording._from_python > before
+
+
+@pytest.mark.parametrize("on", DEVICES)
+def test_decoding_is_the_same(on: str, anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole decoder, one step and many steps a submit, by both loops."""
 
     def tokens(steps: int | None) -> tuple[int, ...]:
-        with Runtime(device("full")).load_program(tiny_decoder.build("llama").pte) as program:
+        with Runtime(device(on)).load_program(tiny_decoder.build("llama").pte) as program:
             generator = Generator(program.load_method(), program, steps_per_submit=steps)
-            return generator.generate([1, 2, 3], max_new_tokens=30).tokens
+            return generator.generate([1, 2, 3], max_new_tokens=20).tokens
 
-    assert native.encoded_by() == "llvmlite"
-    compiled = [tokens(steps) for steps in (None, 1, 8)]
-    monkeypatch.setattr(native, "compiled", lambda: None)
-    assert native.encoded_by() == "python"
-    assert [tokens(steps) for steps in (None, 1, 8)] == compiled
+    from_python = [tokens(steps) for steps in (None, 0, 1, 8)]
+    loop, calls = native.compiled_loop(), []
+    assert loop is not None
+
+    def counted(*arguments: Any) -> None:
+        calls.append(arguments[-1])
+        loop[0](*arguments)
+
+    monkeypatch.setattr(native, "compiled_loop", lambda: (counted, loop))
+    for steps, expected in zip((None, 0, 1, 8), from_python, strict=True):
+        calls.clear()
+        assert tokens(steps) == expected
+        assert len(calls) > 10
+
+
+def test_benchmarks_can_do_without() -> None:
+    loop = native.compiled_loop()
+    assert loop is not None
+    assert decode_loop.in_python(lambda *_: native.compiled_loop())(*[None] * 4) is None  # type: ignore[arg-type]
+    assert native.compiled_loop() is loop
