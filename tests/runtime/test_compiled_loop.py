@@ -128,7 +128,7 @@ def test_an_import_that_fails_is_done_without(anew: None, tmp_path: Path) -> Non
     (tmp_path / "llvmlite").mkdir()
     (tmp_path / "llvmlite" / "__init__.py").write_text("raise OSError('Could not find the shared object file')")
     code = "from executorch_webgpu.runtime.gpu import native; print(native.encoded_by())"
-    done = python(code, PYTHONPATH=str(tmp_path))
+    done = python(code, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     assert done.stdout.split() == ["python"]
     assert "Could not find the shared object file" in done.stderr
 
