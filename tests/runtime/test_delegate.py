@@ -162,6 +162,7 @@ def test_missing_data_is_named() -> None:
 
 def test_closing_frees_the_memory() -> None:
     on = device("full")
+    assert on.null_buffer is not None  # made at first use, and then the device's
     used = on.memory.total
     b, graph = cache_graph()
     delegate = b.load(graph, on)
